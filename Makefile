@@ -1,0 +1,44 @@
+# SSR-Merge. `make demo` and `make test` need python3, git and make; they set up .venv themselves.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint test-host bench-padding bench-batching clean help
+
+help:
+	@echo "make demo                            merge three small LoRAs, results in demo_output/"
+	@echo "make test                            everything that needs no ComfyUI"
+	@echo "make lint                            ruff and a strict type check"
+	@echo "make test-host COMFYUI_PATH=<path>   the real ComfyUI: loaders, server, KSampler"
+	@echo "make bench-padding, bench-batching   measurements behind two defaults (docs/benchmarks/)"
+
+$(STAMP): requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(PY) -m demo
+
+test: $(STAMP)
+	$(PY) -m pytest tests/unit
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# Runs in ComfyUI's own Python: set HOST_PYTHON where it is not the one on the path.
+HOST_PYTHON ?= $(PYTHON)
+test-host:
+	COMFYUI_PATH=$(COMFYUI_PATH) $(HOST_PYTHON) -m pytest tests/host -rs -p no:cacheprovider
+
+bench-padding: $(STAMP)
+	$(PY) -m benchmarks.padding
+
+bench-batching: $(STAMP)
+	$(PY) -m benchmarks.batching
+
+clean:
+	rm -rf $(VENV) demo_output host_output .pytest_cache .mypy_cache .ruff_cache .hypothesis

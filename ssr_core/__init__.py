@@ -1,0 +1,101 @@
+"""SSR-Merge's engine: adapter files -> stacks -> taps -> Grams -> router -> merged adapter -> report.
+
+Needs torch, safetensors and numpy; never imports ComfyUI. The README's "Headless" section shows the
+few calls that a merge takes.
+"""
+
+from .adapters import Adapter, KeyRecord, LoRALayer
+from .advice import prompt_warnings
+from .calibration import (
+    Calibration,
+    Calibrator,
+    MemoryNeed,
+    TaskRecord,
+    calibrate,
+    check_memory,
+    memory_need,
+    records_of,
+)
+from .calibration_io import load_calibration, save_calibration
+from .emit import KEY_STYLES, KeyStyle, to_tensors
+from .errors import (
+    CalibrationError,
+    FileError,
+    IncompatibleError,
+    MemoryBudgetError,
+    SolveError,
+    SSRMergeError,
+)
+from .files import atomic_path, content_hash, read_safetensors, tensors_hash, write_safetensors
+from .gram import GramStats
+from .merge import MergeResult, describe, merge
+from .metadata import merge_metadata
+from .methods import METHODS, AverageMerge, GainsMerge, MergeMethod, PaperMerge, SSRMerge, SumMerge
+from .padding import PaddingMode, TextRows
+from .parse import read_adapter
+from .report import FileAccount, LayerReport, MergeReport
+from .router import ANCHORS, Anchor
+from .stacks import LayerStack, Task, build_stacks
+from .taps import Tap
+from .targets import KeyMap, KeyTarget, Part, Target
+from .version import VERSION
+
+__all__ = [
+    "ANCHORS",
+    "Adapter",
+    "Anchor",
+    "AverageMerge",
+    "Calibration",
+    "CalibrationError",
+    "Calibrator",
+    "FileAccount",
+    "FileError",
+    "GainsMerge",
+    "GramStats",
+    "IncompatibleError",
+    "KEY_STYLES",
+    "KeyMap",
+    "KeyRecord",
+    "KeyStyle",
+    "KeyTarget",
+    "LayerReport",
+    "LayerStack",
+    "LoRALayer",
+    "METHODS",
+    "MemoryBudgetError",
+    "MemoryNeed",
+    "MergeMethod",
+    "MergeReport",
+    "MergeResult",
+    "PaddingMode",
+    "PaperMerge",
+    "Part",
+    "SSRMerge",
+    "SSRMergeError",
+    "SolveError",
+    "SumMerge",
+    "Tap",
+    "Target",
+    "Task",
+    "TaskRecord",
+    "TextRows",
+    "VERSION",
+    "atomic_path",
+    "build_stacks",
+    "calibrate",
+    "check_memory",
+    "content_hash",
+    "describe",
+    "load_calibration",
+    "memory_need",
+    "merge",
+    "merge_metadata",
+    "prompt_warnings",
+    "read_adapter",
+    "read_safetensors",
+    "records_of",
+    "save_calibration",
+    "tensors_hash",
+    "to_tensors",
+    "write_safetensors",
+]

@@ -1,0 +1,117 @@
+"""Plain sentences about a merge: what looks wrong, and the value to set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+
+from .calibration import Calibration
+from .diagnostics import separability
+from .gram import GramStats
+from .report import LayerReport
+from .router import pooled
+from .stacks import LayerStack, Task
+
+SAME_SIGNAL = 1e-3
+"""Median separability below which two tasks count as indistinguishable."""
+
+
+def prompt_warnings(names: Sequence[str], prompts: Sequence[Sequence[str]]) -> list[str]:
+    """Warn about prompts from which a router can learn nothing.
+
+    Args:
+        names: The LoRAs.
+        prompts: Their prompts.
+    """
+    warnings = []
+    for name, own in zip(names, prompts, strict=True):
+        if not any(prompt.strip() for prompt in own):
+            warnings.append(
+                f"{name} has no calibration prompt. Write what it was trained on, with its trigger word; "
+                "without prompts that differ the router becomes the average."
+            )
+    for (name_a, a), (name_b, b) in combinations(zip(names, prompts, strict=True), 2):
+        if [p.strip() for p in a] == [p.strip() for p in b] and any(p.strip() for p in a):
+            warnings.append(
+                f"{name_a} and {name_b} have the same prompt: the router cannot tell them apart and averages them. "
+                "Name in each prompt what only that LoRA shows."
+            )
+    return warnings
+
+
+def warnings_for(
+    tasks: Sequence[Task],
+    reports: Sequence[LayerReport],
+    shared: Sequence[LayerStack],
+    stats: Sequence[GramStats | None],
+    routed: bool,
+) -> list[str]:
+    """All warnings about one merge."""
+    warnings = prompt_warnings([t.name for t in tasks], [t.prompts for t in tasks]) if routed and len(tasks) > 1 else []
+    for a, b in combinations(tasks, 2):
+        if a.adapter.fingerprint == b.adapter.fingerprint:
+            warnings.append(
+                f"{a.name} and {b.name} have the same content. They are merged as two tasks; if that is not meant, "
+                "remove one."
+            )
+    warnings += _indistinguishable(tasks, shared, stats)
+    bad = sum(layer.nonfinite for layer in reports)
+    if bad:
+        worst = max(reports, key=lambda layer: layer.nonfinite)
+        warnings.append(
+            f"{bad} tokens were NaN or infinite and were left out, most of them in {worst.target}. "
+            "Run the model in bfloat16 or float32."
+        )
+    for layer in reports:
+        if layer.status == "anchored":
+            warnings.append(
+                f"{layer.target} never ran in calibration and is merged by the anchor. If many layers are listed, "
+                "the MODEL calls them in a way that hooks cannot see."
+            )
+    for task in tasks:
+        missing = task.adapter.keys_with("unmatched")
+        if missing:
+            warnings.append(
+                f"{len(missing)} of {len(task.adapter.records)} keys of {task.name} are not used, e.g. "
+                f"{missing[0].key}: {missing[0].reason}."
+            )
+    return warnings
+
+
+def _indistinguishable(
+    tasks: Sequence[Task], shared: Sequence[LayerStack], stats: Sequence[GramStats | None]
+) -> list[str]:
+    distances: dict[tuple[int, int], list[float]] = {}
+    for stack, one in zip(shared, stats, strict=True):
+        if one is None or bool((one.tokens < stack.rank).any()):
+            continue
+        apart = separability(pooled(one.gram.to(torch.float64), one.tokens, balanced=True))
+        for i, j in combinations(range(len(stack.tasks)), 2):
+            distances.setdefault((stack.tasks[i], stack.tasks[j]), []).append(float(apart[i, j]))
+    return [
+        f"On the signals of their prompts {tasks[i].name} and {tasks[j].name} look the same to the model: the router "
+        "averages them. Make the prompts differ in what only one of the LoRAs shows."
+        for (i, j), values in distances.items()
+        if float(torch.tensor(values).median()) < SAME_SIGNAL
+    ]
+
+
+def notes_for(tasks: Sequence[Task], calibration: Calibration | None) -> list[str]:
+    """Facts worth knowing that need no action."""
+    if calibration is None:
+        return []
+    notes = []
+    for task, index in zip(tasks, calibration.match(tasks), strict=True):
+        record = calibration.tasks[index]
+        then, now = (record.strength_model, record.strength_clip), (task.strength_model, task.strength_clip)
+        if then != now:
+            notes.append(
+                f"{task.name} was calibrated at strength {then[0]:g} (CLIP {then[1]:g}) and is merged at {now[0]:g} "
+                f"(CLIP {now[1]:g}): the statistics are an approximation there; calibrate again for the exact ones."
+            )
+    dropped = [r.name for i, r in enumerate(calibration.tasks) if i not in calibration.match(tasks)]
+    if dropped:
+        notes.append(f"Calibrated but not merged: {', '.join(dropped)}.")
+    return notes

@@ -1,0 +1,248 @@
+"""Running the calibration passes and keeping what they found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .errors import CalibrationError, IncompatibleError, MemoryBudgetError
+from .gram import GramAccumulator, GramStats
+from .padding import PaddingMode
+from .stacks import LayerStack, Task
+from .taps import Tap
+from .targets import Target
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """Which LoRA, at which strength, with which prompts a column of the statistics belongs to.
+
+    Attributes:
+        name: Name of the LoRA when it was calibrated.
+        fingerprint: sha256 of its content.
+        strength_model: Strength on the diffusion model during calibration.
+        strength_clip: Strength on the text encoder during calibration.
+        prompts: The calibration prompts; for a CONDITIONING input, its content hash.
+    """
+
+    name: str
+    fingerprint: str
+    strength_model: float
+    strength_clip: float
+    prompts: tuple[str, ...]
+
+    @property
+    def identity(self) -> tuple[str, tuple[str, ...]]:
+        """What makes two tasks the same: content and prompts."""
+        return (self.fingerprint, self.prompts)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Statistics of all routed stacks, and what they were made from.
+
+    Attributes:
+        tasks: The LoRAs in order.
+        stats: Statistics by stack target.
+        stack_tasks: Which tasks have a block in each stack, by target.
+        model: Identity of the model that was calibrated.
+        settings: How: seed, sigmas, size, padding and so on, as plain JSON values.
+    """
+
+    tasks: tuple[TaskRecord, ...]
+    stats: Mapping[Target, GramStats]
+    stack_tasks: Mapping[Target, tuple[int, ...]]
+    model: str = ""
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+    def match(self, tasks: Sequence[Task]) -> list[int]:
+        """Find each task's record.
+
+        Returns:
+            For each task the index of its record.
+
+        Raises:
+            IncompatibleError: A task was not calibrated with this content and these prompts.
+        """
+        free = list(range(len(self.tasks)))
+        found = []
+        for task in tasks:
+            identity = (task.adapter.fingerprint, task.prompts)
+            index = next((i for i in free if self.tasks[i].identity == identity), None)
+            if index is None:
+                raise IncompatibleError(
+                    "the calibration does not know this LoRA with these prompts "
+                    f"(it holds {', '.join(record.name for record in self.tasks)}).",
+                    file=task.name,
+                    remedy="calibrate again.",
+                )
+            free.remove(index)
+            found.append(index)
+        return found
+
+    def stats_for(self, stack: LayerStack, records: Sequence[int]) -> GramStats | None:
+        """Statistics for the blocks of a stack; None if the layer never ran or was not routed.
+
+        Args:
+            stack: A stack of the tasks that are to be merged.
+            records: For each task, the index of its record (`match`).
+        """
+        stats = self.stats.get(stack.target)
+        if stats is None:
+            return None
+        known = self.stack_tasks[stack.target]
+        wanted = [records[task] for task in stack.tasks]
+        if any(index not in known for index in wanted):
+            raise IncompatibleError(
+                "the calibration has no statistics of this layer for one of the LoRAs.",
+                layer=str(stack.target),
+                remedy="calibrate again with the LoRAs at a strength other than 0.",
+            )
+        picked = stats.subset([known.index(index) for index in wanted])
+        if picked.ranks != stack.basis_ranks:
+            raise IncompatibleError(
+                f"statistics for ranks {picked.ranks}, LoRAs of ranks {stack.basis_ranks}.",
+                layer=str(stack.target),
+                remedy="calibrate again.",
+            )
+        return picked
+
+
+class Calibrator:
+    """Gathers statistics task by task; a pass that fails leaves nothing behind.
+
+    Args:
+        stacks: The stacks of one part of the model.
+        padding: How padded text tokens count.
+    """
+
+    def __init__(self, stacks: Sequence[LayerStack], padding: PaddingMode = "balance") -> None:
+        self.stacks = list(stacks)
+        self.padding: PaddingMode = padding
+        self._done: dict[tuple[Target, int], GramAccumulator] = {}
+
+    @contextmanager
+    def task(self, index: int) -> Iterator[Tap]:
+        """A tap for one task's passes; its statistics count only if the block succeeds."""
+        tap = Tap(self.stacks, index, self.padding)
+        yield tap
+        for target, accumulator in tap.accumulators():
+            accumulator.gram = accumulator.gram.cpu()
+            accumulator.tokens = accumulator.tokens.cpu()
+            accumulator.nonfinite = accumulator.nonfinite.cpu()
+            self._done[(target, index)] = accumulator
+        if tap.paths and not tap.calls:
+            raise CalibrationError(
+                f"none of the {len(tap.paths)} layers of LoRA number {index + 1} ran in its calibration pass.",
+                remedy="use at least one step, and a MODEL that is not compiled or replaced by another engine.",
+            )
+
+    def result(self) -> dict[Target, GramStats]:
+        """Statistics of every stack with two or more tasks; a layer that never ran has zero tokens."""
+        stats = {}
+        for stack in self.stacks:
+            if len(stack.blocks) < 2:
+                continue
+            ranks = stack.basis_ranks
+            empty = torch.zeros(sum(ranks), sum(ranks))
+            found = [self._done.get((stack.target, task)) for task in stack.tasks]
+            stats[stack.target] = GramStats(
+                torch.stack([empty if one is None else one.gram.to(_widest(found)) for one in found]),
+                torch.tensor([0.0 if one is None else float(one.tokens) for one in found], dtype=torch.float64),
+                torch.tensor([0 if one is None else int(one.nonfinite) for one in found], dtype=torch.int64),
+                ranks,
+            )
+        return stats
+
+
+def _widest(found: Sequence[GramAccumulator | None]) -> torch.dtype:
+    wide = any(one is not None and one.gram.dtype == torch.float64 for one in found)
+    return torch.float64 if wide else torch.float32
+
+
+def records_of(tasks: Sequence[Task]) -> tuple[TaskRecord, ...]:
+    """Records of tasks as they are being calibrated."""
+    return tuple(TaskRecord(t.name, t.adapter.fingerprint, t.strength_model, t.strength_clip, t.prompts) for t in tasks)
+
+
+def calibrate(
+    root: nn.Module,
+    tasks: Sequence[Task],
+    stacks: Sequence[LayerStack],
+    run_pass: Callable[[int, Tap], None],
+    *,
+    padding: PaddingMode = "balance",
+) -> Calibration:
+    """Calibrate a plain PyTorch model (no ComfyUI).
+
+    Args:
+        root: The module that the targets' paths start from.
+        tasks: The LoRAs.
+        stacks: `build_stacks(tasks)`.
+        run_pass: Runs the model on task i's prompts; the hooks are attached while it runs. All tasks
+            must see the same noise: other noise is a difference that the router would learn.
+        padding: How padded text tokens count.
+
+    Returns:
+        The calibration.
+
+    Raises:
+        CalibrationError: A pass reached no layer of its LoRA, or a layer does not fit.
+    """
+    calibrator = Calibrator(stacks, padding)
+    for index in range(len(tasks)):
+        with calibrator.task(index) as tap, tap.attached(root):
+            run_pass(index, tap)
+    shared = {stack.target: stack.tasks for stack in stacks if len(stack.blocks) > 1}
+    return Calibration(records_of(tasks), calibrator.result(), shared)
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes that calibration will hold.
+
+    Attributes:
+        device: On the compute device: stacked downs, one set of Grams, the active ups.
+        host: In main memory: one Gram for each LoRA and layer.
+    """
+
+    device: int
+    host: int
+
+
+def memory_need(stacks: Sequence[LayerStack], itemsize: int) -> MemoryNeed:
+    """Predict calibration's memory from shapes alone.
+
+    Args:
+        stacks: All stacks of one part.
+        itemsize: Bytes of one activation value.
+    """
+    device = host = 0
+    for stack in stacks:
+        ranks = stack.basis_ranks
+        routed = len(ranks) > 1
+        rank = sum(ranks) if routed else 0
+        device += itemsize * (sum(ranks) * stack.in_features + max(ranks) * stack.out_features) + 4 * rank * rank
+        host += 4 * len(ranks) * rank * rank
+    return MemoryNeed(device, host)
+
+
+def check_memory(need: MemoryNeed, device_budget: int, host_budget: int) -> None:
+    """Refuse before anything is allocated.
+
+    Raises:
+        MemoryBudgetError: Says how much is needed and how to need less.
+    """
+    for what, needed, budget in (
+        ("the compute device", need.device, device_budget),
+        ("main memory", need.host, host_budget),
+    ):
+        if needed > budget:
+            raise MemoryBudgetError(
+                f"calibration needs {needed / 2**30:.2f} GiB on {what}, {budget / 2**30:.2f} GiB are allowed.",
+                remedy="merge fewer LoRAs at once, use LoRAs of lower rank, or raise memory_budget_gb.",
+            )

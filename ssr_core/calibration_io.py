@@ -1,0 +1,121 @@
+"""Calibrations on disk: safetensors, the upper triangles of the Grams, everything else in the header."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .calibration import Calibration, TaskRecord
+from .errors import FileError
+from .files import atomic_path, json_text, read_safetensors, write_safetensors
+from .gram import GramStats
+from .targets import Target
+
+FORMAT = "ssr_calibration"
+VERSION = 1
+
+
+def save_calibration(calibration: Calibration, path: Path, overwrite: bool = False) -> None:
+    """Write a calibration; `path` is either complete or untouched.
+
+    Raises:
+        FileError: The file exists and `overwrite` is False, or the disk is full.
+    """
+    tensors: dict[str, Tensor] = {}
+    stacks: list[dict[str, object]] = []
+    for index, (target, stats) in enumerate(calibration.stats.items()):
+        rows, columns = torch.triu_indices(sum(stats.ranks), sum(stats.ranks))
+        tensors[f"{index}.gram"] = stats.gram[:, rows, columns]
+        tensors[f"{index}.tokens"] = stats.tokens
+        tensors[f"{index}.nonfinite"] = stats.nonfinite
+        stacks.append(
+            {
+                "module_path": target.module_path,
+                "out_slice": target.out_slice,
+                "part": target.part,
+                "ranks": stats.ranks,
+                "tasks": calibration.stack_tasks[target],
+            }
+        )
+    header = {
+        "version": VERSION,
+        "tasks": [vars(record) for record in calibration.tasks],
+        "stacks": stacks,
+        "model": calibration.model,
+        "settings": calibration.settings,
+    }
+    with atomic_path(path, overwrite) as temporary:
+        write_safetensors(temporary, tensors, {FORMAT: json_text(header)})
+
+
+def load_calibration(path: Path) -> Calibration:
+    """Read a calibration back.
+
+    Raises:
+        FileError: Not a calibration, of another version, damaged, or not finite.
+    """
+    tensors, metadata = read_safetensors(path)
+    if FORMAT not in metadata:
+        raise FileError(
+            "this is no SSR calibration.", file=path.name, remedy="choose a file that SSR Save Calibration wrote."
+        )
+    try:
+        header: dict[str, Any] = json.loads(metadata[FORMAT])
+        if header["version"] != VERSION:
+            raise FileError(
+                f"calibration format {header['version']}, this version reads {VERSION}.",
+                file=path.name,
+                remedy="calibrate again, or update SSR-Merge.",
+            )
+        tasks = tuple(
+            TaskRecord(
+                str(t["name"]),
+                str(t["fingerprint"]),
+                float(t["strength_model"]),
+                float(t["strength_clip"]),
+                tuple(str(p) for p in t["prompts"]),
+            )
+            for t in header["tasks"]
+        )
+        stats: dict[Target, GramStats] = {}
+        stack_tasks: dict[Target, tuple[int, ...]] = {}
+        for index, stack in enumerate(header["stacks"]):
+            target, members, one = _stack(index, stack, tensors, len(tasks))
+            stats[target], stack_tasks[target] = one, members
+        return Calibration(tasks, stats, stack_tasks, str(header["model"]), dict(header["settings"]))
+    except FileError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as err:
+        raise FileError(
+            f"the calibration is damaged ({type(err).__name__}: {err}).", file=path.name, remedy="calibrate again."
+        ) from err
+
+
+def _stack(
+    index: int, stack: dict[str, Any], tensors: dict[str, Tensor], tasks: int
+) -> tuple[Target, tuple[int, ...], GramStats]:
+    rows = stack["out_slice"]
+    part = stack["part"]
+    if part not in ("model", "clip"):
+        raise ValueError(f"part {part!r}")
+    target = Target(str(stack["module_path"]), None if rows is None else (int(rows[0]), int(rows[1])), part)
+    ranks = tuple(int(rank) for rank in stack["ranks"])
+    members = tuple(int(task) for task in stack["tasks"])
+    packed = tensors[f"{index}.gram"]
+    size = sum(ranks)
+    if len(members) != len(ranks) or any(not 0 <= m < tasks for m in members) or min(ranks) < 1:
+        raise ValueError(f"layer {target}")
+    if packed.shape != (len(ranks), size * (size + 1) // 2) or packed.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"Grams of {target} have the shape {tuple(packed.shape)}")
+    if not bool(torch.isfinite(packed).all()):
+        raise ValueError(f"Grams of {target} are not finite")
+    upper = torch.triu_indices(size, size)
+    gram = packed.new_zeros(len(ranks), size, size)
+    gram[:, upper[0], upper[1]] = packed
+    gram[:, upper[1], upper[0]] = packed
+    stats = GramStats(gram, tensors[f"{index}.tokens"].double(), tensors[f"{index}.nonfinite"].long(), ranks)
+    return target, members, stats

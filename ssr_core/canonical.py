@@ -1,0 +1,65 @@
+"""Coordinates that depend on what a LoRA does, not on how it is factored.
+
+`down = mix @ basis` with orthonormal rows in `basis` and a lower-triangular `mix` with a positive
+diagonal, which makes the pair unique. Statistics are kept in the coordinates of `basis`: they can be
+taken back to the file's own coordinates (`mix`), and the same delta gives the same answer however
+its scale is shared out between up and down.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NULL_TOLERANCE = 1e-6
+"""Directions of a delta below this share of its largest singular value count as absent."""
+
+
+class RowBasis(NamedTuple):
+    """`down = mix @ basis`.
+
+    Attributes:
+        basis: (r', in) with orthonormal rows, float64, r' = min(r, in).
+        mix: (r, r'), lower triangular with a non-negative diagonal, float64.
+    """
+
+    basis: Tensor
+    mix: Tensor
+
+
+def row_basis(down: Tensor) -> RowBasis:
+    """Orthonormal coordinates of the row space of `down` (r, in)."""
+    q, r = torch.linalg.qr(down.to(torch.float64).T)
+    sign = torch.where(r.diagonal() < 0, -1.0, 1.0).to(r)
+    return RowBasis((q * sign).T.contiguous(), (r * sign[:, None]).T.contiguous())
+
+
+def effective_directions(up: Tensor) -> Tensor:
+    """Directions of the coordinates on which `up` (out, r') really acts.
+
+    Returns:
+        (r', r''), float64, with orthonormal columns; the identity if `up` has full column rank.
+    """
+    up = up.to(torch.float64)
+    gram = up.T @ up
+    values, vectors = torch.linalg.eigh(gram)
+    largest = values[-1] if values.numel() else values.sum()
+    keep = values > NULL_TOLERANCE**2 * largest
+    if bool(keep.all()):
+        return torch.eye(up.shape[1], dtype=up.dtype, device=up.device)
+    directions: Tensor = vectors[:, keep]
+    return directions
+
+
+def balance(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Share the norm of each rank-one term evenly between its row of `down` and its column of `up`.
+
+    The product stays the same. Both factors then survive float16, to which the host casts them
+    under low VRAM.
+    """
+    row, column = down.norm(dim=1), up.norm(dim=0)
+    usable = (row > 0) & (column > 0)
+    factor = torch.where(usable, (column / row.clamp_min(1e-300)).sqrt(), torch.ones_like(row))
+    return down * factor[:, None], up / factor.clamp_min(1e-300)

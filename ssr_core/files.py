@@ -1,0 +1,132 @@
+"""Reading files that come from strangers, and writing files that are never half there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from .errors import FileError
+
+MAX_TENSORS = 200_000
+_CHUNK = 1 << 22
+
+
+def content_hash(path: Path) -> str:
+    """sha256 of a file's bytes, as a hex string."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as stream:
+            while block := stream.read(_CHUNK):
+                digest.update(block)
+    except OSError as err:
+        raise FileError(f"cannot read the file ({err.strerror}).", file=path.name) from err
+    return digest.hexdigest()
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes of tensors that have no file."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(safetensors.torch.save({"t": tensor}))
+    return digest.hexdigest()
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file and nothing else.
+
+    Returns:
+        Tensors by key (on the CPU) and the string metadata of the header.
+
+    Raises:
+        FileError: The file is missing, a pickle, truncated or otherwise not safetensors.
+    """
+    if not path.is_file():
+        raise FileError("the file does not exist.", file=str(path), remedy="choose a file from the list.")
+    with path.open("rb") as stream:
+        head = stream.read(10)
+    if head[:2] == b"PK" or head[:1] == b"\x80" or path.suffix.lower() in {".pt", ".pth", ".bin", ".ckpt", ".pkl"}:
+        raise FileError(
+            "this is a pickle, which can run code when it is opened; it is refused.",
+            file=path.name,
+            remedy="convert it to safetensors with a tool that you trust.",
+        )
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            if len(names) > MAX_TENSORS:
+                raise FileError(f"{len(names)} tensors are more than any LoRA has.", file=path.name)
+            tensors = {name: file.get_tensor(name) for name in names}
+            metadata = dict(file.metadata() or {})
+    except (safetensors.SafetensorError, ValueError, OSError) as err:
+        raise FileError(
+            f"not a whole safetensors file ({err}).", file=path.name, remedy="download or export it again."
+        ) from err
+    return tensors, metadata
+
+
+@contextmanager
+def atomic_path(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Give a temporary path in the same folder; rename it to `path` if the block succeeds.
+
+    On any exception, Cancel included, the temporary file is removed and `path` is untouched.
+
+    Raises:
+        FileError: `path` exists and `overwrite` is False, or the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".tmp{path.suffix}", dir=path.parent)
+        os.close(handle)
+    except OSError as err:
+        raise FileError(f"cannot write here ({err.strerror}).", file=str(path)) from err
+    temporary = Path(name)
+    try:
+        yield temporary
+        if overwrite:
+            temporary.replace(path)
+        else:
+            # A hard link fails if the name was taken meanwhile; a rename would overwrite in silence.
+            try:
+                os.link(temporary, path)
+            except FileExistsError as err:
+                raise FileError(
+                    "a file of this name exists already.", file=str(path), remedy="choose another name."
+                ) from err
+            except OSError:  # a file system without hard links
+                if path.exists():
+                    raise FileError(
+                        "a file of this name exists already.", file=str(path), remedy="choose another name."
+                    ) from None
+                temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors and string metadata to `path` (use inside `atomic_path`)."""
+    try:
+        safetensors.torch.save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, dict(metadata)
+        )
+        # mkstemp made the file private; give it the permissions that a plain open() would have given.
+        mask = os.umask(0)
+        os.umask(mask)
+        path.chmod(0o666 & ~mask)
+    except (safetensors.SafetensorError, OSError) as err:
+        raise FileError(f"writing failed ({err}).", file=str(path), remedy="check the free disk space.") from err
+
+
+def json_text(value: object) -> str:
+    """JSON with stable key order, for metadata and fingerprints."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))

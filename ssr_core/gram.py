@@ -1,0 +1,80 @@
+"""Second moments of the stacked LoRA coordinates: the sufficient statistic of every router."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import CalibrationError
+
+
+@dataclass(frozen=True)
+class GramStats:
+    """What calibration knows about one stack.
+
+    Attributes:
+        gram: (K, R, R), float32 or float64: `S_k = Z_k Z_k^T`, one for each block of the stack, in
+            the stack's orthonormal coordinates.
+        tokens: (K,) float64, number of (weighted) tokens in each S_k.
+        nonfinite: (K,) int64, tokens left out because a coordinate was NaN or infinite.
+        ranks: Rows that each block contributes to R.
+    """
+
+    gram: Tensor
+    tokens: Tensor
+    nonfinite: Tensor
+    ranks: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        k, r = len(self.ranks), sum(self.ranks)
+        if self.gram.shape != (k, r, r) or self.tokens.shape != (k,) or self.nonfinite.shape != (k,):
+            raise CalibrationError(
+                f"statistics of shape {tuple(self.gram.shape)} do not belong to {k} LoRAs of ranks {self.ranks}."
+            )
+
+    def subset(self, blocks: Sequence[int]) -> GramStats:
+        """Statistics of some of the blocks, as if the others had never been there.
+
+        The passes of the remaining tasks ran alone, so nothing of a dropped one is left in them.
+        """
+        starts = [sum(self.ranks[:i]) for i in range(len(self.ranks))]
+        index = torch.cat(
+            [torch.arange(starts[b], starts[b] + self.ranks[b]) for b in blocks] or [torch.zeros(0, dtype=torch.long)]
+        )
+        picked = torch.tensor(list(blocks), dtype=torch.long)
+        gram = self.gram[picked][:, index][:, :, index]
+        return GramStats(gram, self.tokens[picked], self.nonfinite[picked], tuple(self.ranks[b] for b in blocks))
+
+
+class GramAccumulator:
+    """Running sum of `z^T z` for one stack during one task's passes; stays on the device.
+
+    Nothing here waits for the device: counts are tensors too.
+    """
+
+    def __init__(self, rank: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.gram = torch.zeros(rank, rank, device=device, dtype=dtype)
+        self.tokens = torch.zeros((), device=device, dtype=torch.float64 if device.type == "cpu" else torch.float32)
+        self.nonfinite = torch.zeros((), device=device, dtype=torch.int64)
+
+    def add(self, z: Tensor, weight: Tensor | None = None) -> None:
+        """Add tokens.
+
+        Args:
+            z: (N, R), one row a token; rows with NaN or infinity are left out and counted.
+            weight: (N,) non-negative weight of each token, or None for 1.
+        """
+        z = z.to(self.gram.dtype)
+        finite = torch.isfinite(z).all(dim=1)
+        self.nonfinite += (~finite).sum()
+        z = torch.where(finite[:, None], z, 0.0)
+        if weight is None:
+            self.tokens += finite.sum()
+        else:
+            weight = weight.to(z) * finite
+            self.tokens += weight.sum()
+            z = z * weight.sqrt()[:, None]
+        self.gram.addmm_(z.T, z)

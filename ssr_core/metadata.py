@@ -1,0 +1,64 @@
+"""What a merged file says about itself: enough to make the same merge again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from .calibration import Calibration
+from .files import json_text
+from .merge import describe
+from .methods import MergeMethod
+from .stacks import Task
+from .version import VERSION
+
+KEY = "ssr_merge"
+
+
+def merge_metadata(
+    tasks: Sequence[Task],
+    method: MergeMethod,
+    calibration: Calibration | None,
+    extra: Mapping[str, object] | None = None,
+) -> dict[str, str]:
+    """String metadata for the safetensors header.
+
+    Args:
+        tasks: The merged LoRAs.
+        method: The method and its parameters.
+        calibration: What it was solved from.
+        extra: More JSON values (dtype, key style, host version).
+    """
+    recipe: dict[str, object] = {
+        "version": VERSION,
+        "method": method.name,
+        "parameters": {
+            name: getattr(method, name)
+            for name in getattr(method, "__dataclass_fields__", {})
+            if name not in ("name", "needs_calibration")
+        },
+        "sources": [
+            {
+                "name": task.name,
+                "sha256": task.adapter.fingerprint,
+                "strength_model": task.strength_model,
+                "strength_clip": task.strength_clip,
+                "prompts": list(task.prompts),
+            }
+            for task in tasks
+        ],
+        "calibration": None
+        if calibration is None
+        else {
+            "model": calibration.model,
+            "settings": dict(calibration.settings),
+            "strengths": [[r.strength_model, r.strength_clip] for r in calibration.tasks],
+        },
+        **(extra or {}),
+    }
+    title = " + ".join(task.name for task in tasks)
+    return {
+        "format": "pt",
+        KEY: json_text(recipe),
+        "modelspec.title": title,
+        "modelspec.description": f"SSR-Merge {VERSION}, {describe(method)}",
+    }

@@ -1,0 +1,101 @@
+"""The router: least squares in the R-dimensional space of the stacked coordinates.
+
+`Rt = (Q + mu R0) (G + mu I)^-1` with `G = sum_k S_k` and block row k of `Q` = block row k of `S_k`
+(SSR-Merge, Theorem 3.1; the anchor `R0` and the relative ridge `mu` are ours). Free functions on
+float64 tensors; nothing here knows about layers, files or devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Anchor = Literal["sum", "average", "gains", "zero"]
+ANCHORS: tuple[Anchor, ...] = ("sum", "average", "gains", "zero")
+
+
+def block_slices(ranks: Sequence[int]) -> list[slice]:
+    """Rows of each block in the stacked coordinates."""
+    slices, at = [], 0
+    for rank in ranks:
+        slices.append(slice(at, at + rank))
+        at += rank
+    return slices
+
+
+def pooled(grams: Tensor, tokens: Tensor, balanced: bool) -> Tensor:
+    """Scale the tasks' Grams (K, R, R) for pooling.
+
+    Balanced: the mean over each task's tokens, so that a long prompt weighs no more than a short
+    one. Otherwise all tokens weigh the same. A task without tokens stays zero.
+    """
+    if balanced:
+        return grams / tokens.clamp_min(1e-300)[:, None, None] * (tokens > 0)[:, None, None]
+    return grams / tokens.sum().clamp_min(1e-300)
+
+
+def correlation(grams: Tensor) -> Tensor:
+    """G = sum_k S_k, (R, R)."""
+    return grams.sum(dim=0)
+
+
+def guide(grams: Tensor, ranks: Sequence[int]) -> Tensor:
+    """Q: block row k is block row k of S_k, (R, R)."""
+    q = torch.zeros_like(grams[0])
+    for k, rows in enumerate(block_slices(ranks)):
+        q[rows] = grams[k, rows]
+    return q
+
+
+def gains(grams: Tensor, ranks: Sequence[int]) -> Tensor:
+    """Best diagonal router: energy of block k on its own task / its energy on all tasks, (K,)."""
+    total = correlation(grams).diagonal()
+    values = []
+    for k, rows in enumerate(block_slices(ranks)):
+        everywhere = total[rows].sum()
+        own = grams[k].diagonal()[rows].sum()
+        values.append(torch.where(everywhere > 0, own / everywhere.clamp_min(1e-300), torch.ones_like(own)))
+    return torch.stack(values)
+
+
+def anchor_router(anchor: Anchor, grams: Tensor, ranks: Sequence[int]) -> Tensor:
+    """R0, the router that directions without data keep, (R, R)."""
+    k, r = len(ranks), sum(ranks)
+    if anchor == "zero":
+        return grams.new_zeros(r, r)
+    if anchor == "gains":
+        per_row = torch.repeat_interleave(gains(grams, ranks), torch.tensor(list(ranks), device=grams.device))
+        return torch.diag(per_row)
+    return torch.eye(r, dtype=grams.dtype, device=grams.device) / (k if anchor == "average" else 1)
+
+
+def solve(q: Tensor, g: Tensor, anchor: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve a batch of layers of equal rank.
+
+    Args:
+        q: (L, R, R) guides.
+        g: (L, R, R) correlation matrices, symmetric.
+        anchor: (L, R, R) anchor routers.
+        mu: (L,) absolute ridges.
+
+    Returns:
+        Routers (L, R, R) and (L,) bool, True where the factorisation succeeded and all is finite.
+        A failed layer's router is not to be used.
+    """
+    eye = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
+    factor, info = torch.linalg.cholesky_ex(g + mu[:, None, None] * eye)
+    right = (q + mu[:, None, None] * anchor).transpose(1, 2)
+    router = torch.cholesky_solve(right, factor).transpose(1, 2)
+    ok = (info == 0) & torch.isfinite(router).all(dim=(1, 2))
+    return router, ok
+
+
+def condition(g: Tensor) -> Tensor:
+    """Ratio of the largest to the smallest eigenvalue of each (L, R, R); inf where singular."""
+    values = torch.linalg.eigvalsh(g)
+    smallest, largest = values[:, 0], values[:, -1]
+    tiny = largest * 1e-15
+    return torch.where(smallest > tiny, largest / smallest.clamp_min(1e-300), torch.inf)

@@ -1,0 +1,224 @@
+"""The adapters of all tasks that act on the same rows of one module, stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .adapters import Adapter, LoRALayer
+from .canonical import RowBasis, row_basis
+from .errors import IncompatibleError
+from .targets import Part, Target
+
+
+@dataclass(frozen=True)
+class Task:
+    """One LoRA at one strength, as the engine sees it.
+
+    Attributes:
+        adapter: What the file holds for the connected model.
+        strength_model: Strength on the diffusion model; 0 means absent.
+        strength_clip: Strength on the text encoder; 0 means absent.
+        prompts: Calibration prompts, as text; part of the task's identity.
+    """
+
+    adapter: Adapter
+    strength_model: float = 1.0
+    strength_clip: float = 1.0
+    prompts: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The LoRA's name."""
+        return self.adapter.name
+
+    def strength(self, part: Part) -> float:
+        """Strength on one part of the model."""
+        return self.strength_model if part == "model" else self.strength_clip
+
+
+@dataclass(frozen=True)
+class Block:
+    """One task's share of a stack. Holds the file's tensors; everything else is made on demand.
+
+    Attributes:
+        task: Index of the task.
+        parts: The task's layers here, each with its first row inside the stack.
+        rows: Output rows of the stack.
+        strength: The task's strength on this part.
+    """
+
+    task: int
+    parts: tuple[tuple[int, LoRALayer], ...]
+    rows: int
+    strength: float
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float64 if the file is, else float32."""
+        wide = any(layer.down.dtype == torch.float64 for _, layer in self.parts)
+        return torch.float64 if wide else torch.float32
+
+    @property
+    def rank(self) -> int:
+        """Rows of `down`."""
+        return sum(layer.rank for _, layer in self.parts)
+
+    @property
+    def down(self) -> Tensor:
+        """(r, in)."""
+        return torch.cat([layer.down.to(self.dtype) for _, layer in self.parts])
+
+    @property
+    def up(self) -> Tensor:
+        """(rows, r), with alpha / r and the strength folded in; zero outside a part's rows."""
+        ups = []
+        for start, layer in self.parts:
+            padded = torch.zeros(self.rows, layer.rank, dtype=self.dtype)
+            padded[start : start + layer.up.shape[0]] = layer.up.to(self.dtype) * (layer.scale * self.strength)
+            ups.append(padded)
+        return torch.cat(ups, dim=1)
+
+    @property
+    def source(self) -> LoRALayer | None:
+        """The file's layer, if this block is exactly that."""
+        layer = self.parts[0][1]
+        return layer if len(self.parts) == 1 and layer.up.shape[0] == self.rows else None
+
+    @cached_property
+    def coordinates(self) -> RowBasis:
+        """Orthonormal coordinates of this block's row space."""
+        basis, mix = row_basis(self.down)
+        return RowBasis(basis.to(self.dtype), mix)
+
+    @property
+    def canonical_up(self) -> Tensor:
+        """`up` for the coordinates of `coordinates.basis`: (rows, r')."""
+        return self.up @ self.coordinates.mix.to(self.dtype)
+
+
+@dataclass(frozen=True)
+class LayerStack:
+    """All adapters on one target.
+
+    Attributes:
+        target: Module and rows; the union of the rows where slices overlap.
+        blocks: One block for each task that has this layer, in task order.
+        kernel: Spatial kernel; empty for linear layers.
+    """
+
+    target: Target
+    blocks: tuple[Block, ...]
+    kernel: tuple[int, ...] = ()
+
+    @property
+    def tasks(self) -> tuple[int, ...]:
+        """Indices of the tasks that act here."""
+        return tuple(block.task for block in self.blocks)
+
+    @property
+    def rank(self) -> int:
+        """R, the sum of the ranks."""
+        return sum(block.rank for block in self.blocks)
+
+    @property
+    def basis(self) -> Tensor:
+        """(R', in): the blocks' orthonormal coordinates, stacked. Rows of different blocks may overlap."""
+        return torch.cat([block.coordinates.basis for block in self.blocks])
+
+    @property
+    def basis_ranks(self) -> tuple[int, ...]:
+        """Rows of `basis` that belong to each block."""
+        return tuple(min(block.rank, self.in_features) for block in self.blocks)
+
+    @property
+    def in_features(self) -> int:
+        """Columns of every `down`: in * prod(kernel)."""
+        return self.blocks[0].parts[0][1].down.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Rows of every `up`."""
+        return self.blocks[0].rows
+
+
+def build_stacks(tasks: Sequence[Task], *, fuse_slices: bool = False) -> list[LayerStack]:
+    """Stack the layers of all tasks.
+
+    Slices of one module (q, k, v of a fused qkv) stay apart as long as nobody's rows overlap
+    somebody else's; where a file with fused rows meets one with split rows, the rows that overlap
+    form one stack.
+
+    Args:
+        tasks: The LoRAs; those with strength 0 on a part are absent there.
+        fuse_slices: Stack all slices of a module together even if they are disjoint. The router can
+            then use every slice's coordinates for each, at three to four times the rank.
+
+    Returns:
+        Stacks sorted by target.
+    """
+    by_module: dict[tuple[Part, str], list[tuple[Target, int, LoRALayer]]] = {}
+    for index, task in enumerate(tasks):
+        for target, layer in task.adapter.layers.items():
+            if task.strength(target.part) != 0:
+                by_module.setdefault((target.part, target.module_path), []).append((target, index, layer))
+    stacks = []
+    for members in by_module.values():
+        for rows, group in _row_components(members, fuse_slices):
+            stacks.append(_stack(rows, group, tasks))
+    return sorted(stacks, key=lambda stack: str(stack.target))
+
+
+def _row_components(
+    members: Sequence[tuple[Target, int, LoRALayer]], fuse_slices: bool
+) -> Iterable[tuple[tuple[int, int] | None, list[tuple[Target, int, LoRALayer]]]]:
+    """Group members whose row ranges overlap; yields the union of the rows and the group."""
+    whole = [member for member in members if member[0].out_slice is None]
+    if whole:
+        yield None, list(members)
+        return
+    spans = sorted(members, key=lambda member: member[0].out_slice or (0, 0))
+    groups: list[tuple[int, int, list[tuple[Target, int, LoRALayer]]]] = []
+    for member in spans:
+        start, length = member[0].out_slice or (0, 0)
+        if groups and (fuse_slices or start < groups[-1][1]):
+            first, end, group = groups[-1]
+            groups[-1] = (first, max(end, start + length), [*group, member])
+        else:
+            groups.append((start, start + length, [member]))
+    for start, end, group in groups:
+        yield (start, end - start), group
+
+
+def _stack(
+    rows: tuple[int, int] | None, group: Sequence[tuple[Target, int, LoRALayer]], tasks: Sequence[Task]
+) -> LayerStack:
+    first = group[0][0]
+    target = Target(first.module_path, rows, first.part)
+    out = (
+        rows[1]
+        if rows is not None
+        else next(layer.up.shape[0] for member, _, layer in group if member.out_slice is None)
+    )
+    width = group[0][2].down.shape[1]
+    by_task: dict[int, list[tuple[Target, LoRALayer]]] = {}
+    for member, index, layer in group:
+        if layer.down.shape[1] != width:
+            raise IncompatibleError(
+                f"{tasks[index].name} reads {layer.down.shape[1]} inputs here, another LoRA {width}.",
+                file=tasks[index].name,
+                layer=str(target),
+            )
+        by_task.setdefault(index, []).append((member, layer))
+    blocks = tuple(_block(index, target, by_task[index], out, tasks[index]) for index in sorted(by_task))
+    return LayerStack(target, blocks, group[0][2].kernel)
+
+
+def _block(index: int, target: Target, parts: Sequence[tuple[Target, LoRALayer]], out: int, task: Task) -> Block:
+    base = 0 if target.out_slice is None else target.out_slice[0]
+    placed = tuple((0 if member.out_slice is None else member.out_slice[0] - base, layer) for member, layer in parts)
+    return Block(index, placed, out, task.strength(target.part))

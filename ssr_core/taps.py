@@ -1,0 +1,230 @@
+"""Hooks that read a layer's input through the stacked downs and add the active adapter's output.
+
+One pre-hook computes `z = basis x`; the statistics need it, and `up_k z_k` is exactly what LoRA k
+adds to the layer's output. So no weight is patched and nothing is copied: the base model runs as it
+is, quantised or offloaded, and every LoRA takes its turn in the hooks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from .errors import CalibrationError
+from .gram import GramAccumulator
+from .padding import PaddingMode, RowWeights, TextRows
+from .stacks import LayerStack
+from .targets import Target
+
+_CHUNK = 8192
+_CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+
+
+@dataclass
+class _Slot:
+    """One stack during one task: its columns in the module's z, and what to do with them."""
+
+    stack: LayerStack
+    columns: slice
+    accumulator: GramAccumulator | None
+    active: slice | None
+    up: Tensor | None
+
+
+class _ModuleTap:
+    """The hook pair of one module for one task."""
+
+    def __init__(self, tap: Tap, path: str, stacks: Sequence[LayerStack], task: int) -> None:
+        self.tap, self.path, self.kernel = tap, path, stacks[0].kernel
+        self.slots: list[_Slot] = []
+        rows: list[Tensor] = []
+        at = 0
+        for stack in stacks:
+            if task not in stack.tasks:
+                continue
+            position = stack.tasks.index(task)
+            block = stack.blocks[position]
+            recorded = len(stack.blocks) > 1
+            basis = stack.basis if recorded else block.coordinates.basis
+            before = sum(stack.basis_ranks[:position]) if recorded else 0
+            width = block.coordinates.basis.shape[0]
+            self.slots.append(
+                _Slot(stack, slice(at, at + basis.shape[0]), None, slice(at + before, at + before + width), None)
+            )
+            rows.append(basis)
+            at += basis.shape[0]
+        self._rows = rows
+        self._basis: Tensor | None = None
+        self._pending: list[Tensor] = []
+        self.task = task
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Put the factors where the layer computes; done once, before the pass where possible."""
+        compute = torch.float32 if dtype == torch.float16 else dtype
+        self._basis = torch.cat([rows.to(device, compute) for rows in self._rows])
+        gram_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        for slot in self.slots:
+            block = slot.stack.blocks[slot.stack.tasks.index(self.task)]
+            slot.up = block.canonical_up.to(device, compute)
+            if len(slot.stack.blocks) > 1 and slot.accumulator is None:
+                slot.accumulator = GramAccumulator(slot.columns.stop - slot.columns.start, device, gram_dtype)
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Pre-hook: project, accumulate, keep z for `after`."""
+        if not args or not isinstance(args[0], Tensor):
+            raise CalibrationError("the model calls this layer without a tensor.", layer=self.path)
+        x = args[0]
+        with torch.no_grad():
+            compute = torch.float32 if x.dtype == torch.float16 else x.dtype
+            if self._basis is None or self._basis.device != x.device or self._basis.dtype != compute:
+                self.prepare(x.device, x.dtype)
+            assert self._basis is not None
+            if self.kernel:
+                z = _convolve(module, x, self._basis, self.kernel, self.path)
+                tokens = z.flatten(2).transpose(1, 2).reshape(-1, z.shape[1])
+                leading: Sequence[int] = ()
+            else:
+                if x.shape[-1] != self._basis.shape[1]:
+                    raise CalibrationError(
+                        f"the layer reads {x.shape[-1]} inputs, the LoRA {self._basis.shape[1]}.", layer=self.path
+                    )
+                tokens = _project(x.reshape(-1, x.shape[-1]), self._basis)
+                z = tokens.reshape(*x.shape[:-1], -1)
+                leading = x.shape[:-1]
+            weight = self.tap.weights(self.path, leading, x.device) if leading else None
+            for slot in self.slots:
+                if slot.accumulator is not None:
+                    slot.accumulator.add(tokens[:, slot.columns], weight)
+        self.tap.calls[self.path] += 1
+        self._pending.append(z)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Hook: add `up_k z_k`, in the rows of each slot."""
+        z = self._pending.pop()
+        for slot in self.slots:
+            assert slot.up is not None and slot.active is not None
+            if self.kernel:
+                _add_convolution(output, z[:, slot.active], slot.up, slot.stack.target.out_slice, self.path)
+            else:
+                _add_linear(output, z[..., slot.active], slot.up, slot.stack.target.out_slice)
+        return output
+
+
+class Tap:
+    """All hooks of one task; attach it around the passes.
+
+    Attributes:
+        calls: How often each module ran while attached.
+    """
+
+    def __init__(self, stacks: Sequence[LayerStack], task: int, padding: PaddingMode) -> None:
+        self.calls: Counter[str] = Counter()
+        self._padding = padding
+        self._weights = RowWeights(None, padding)
+        by_module: dict[str, list[LayerStack]] = {}
+        for stack in stacks:
+            if task in stack.tasks:
+                by_module.setdefault(stack.target.module_path, []).append(stack)
+        self._modules = [_ModuleTap(self, path, group, task) for path, group in by_module.items()]
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Upload all factors now, so that no forward pass has to wait for a copy."""
+        for module in self._modules:
+            module.prepare(device, dtype)
+
+    def describe_text(self, rows: TextRows | None) -> None:
+        """Say which rows of the coming passes are text padding."""
+        self._weights = RowWeights(rows, self._padding)
+
+    def weights(self, path: str, leading: Sequence[int], device: torch.device) -> Tensor | None:
+        """Weights of a layer's rows; see `RowWeights`."""
+        return self._weights(path, leading, device)
+
+    @contextmanager
+    def attached(self, root: nn.Module) -> Iterator[None]:
+        """Hooks on the modules below `root` for the length of the block; always removed.
+
+        Raises:
+            CalibrationError: A layer of the LoRAs is not a module of `root`.
+        """
+        handles = []
+        try:
+            for module_tap in self._modules:
+                try:
+                    module = root.get_submodule(module_tap.path)
+                except AttributeError as err:
+                    raise CalibrationError("the model has no such layer.", layer=module_tap.path) from err
+                handles.append(module.register_forward_pre_hook(module_tap.before))
+                handles.append(module.register_forward_hook(module_tap.after))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module_tap in self._modules:
+                module_tap._pending.clear()
+
+    def accumulators(self) -> Iterator[tuple[Target, GramAccumulator]]:
+        """What was gathered; a layer that never ran has nothing."""
+        for module in self._modules:
+            for slot in module.slots:
+                if slot.accumulator is not None:
+                    yield slot.stack.target, slot.accumulator
+
+    @property
+    def paths(self) -> list[str]:
+        """Modules that this task's adapter acts on."""
+        return [module.path for module in self._modules]
+
+
+def _add_linear(output: Tensor, z: Tensor, up: Tensor, rows: tuple[int, int] | None) -> None:
+    """output[..., rows] += z up^T, in place: the output of a linear layer is nobody else's yet."""
+    flat = output.view(-1, output.shape[-1]) if output.is_contiguous() else None
+    part = output if rows is None else output.narrow(-1, *rows)
+    if flat is not None and output.dtype == up.dtype:
+        flat = flat if rows is None else flat.narrow(1, *rows)
+        flat.addmm_(z.reshape(-1, z.shape[-1]), up.T)
+    else:
+        part.add_(functional.linear(z, up).to(output.dtype))
+
+
+def _add_convolution(output: Tensor, z: Tensor, up: Tensor, rows: tuple[int, int] | None, path: str) -> None:
+    """output[:, rows] += up z at every position, in place."""
+    if output.shape[2:] != z.shape[2:]:
+        raise CalibrationError(
+            f"this convolution pads its input in a way of its own ({tuple(z.shape[2:])} positions, "
+            f"not {tuple(output.shape[2:])}).",
+            layer=path,
+            remedy="leave this layer out of the LoRAs.",
+        )
+    added = torch.einsum("or,brn->bon", up, z.flatten(2)).reshape(z.shape[0], -1, *z.shape[2:])
+    part = output if rows is None else output.narrow(1, *rows)
+    part.add_(added.to(output.dtype))
+
+
+def _project(x: Tensor, basis: Tensor) -> Tensor:
+    """(N, in) -> (N, R). float16 activations are projected in float32, a chunk at a time."""
+    if x.dtype == basis.dtype:
+        return functional.linear(x, basis)
+    return torch.cat([functional.linear(chunk.to(basis.dtype), basis) for chunk in x.split(_CHUNK)])
+
+
+def _convolve(module: nn.Module, x: Tensor, basis: Tensor, kernel: tuple[int, ...], path: str) -> Tensor:
+    """The down-convolution: (B, in, *space) -> (B, R, *space')."""
+    conv: Any = module
+    if getattr(conv, "groups", 1) != 1:
+        raise CalibrationError("a grouped convolution cannot be routed.", layer=path)
+    weight = basis.reshape(basis.shape[0], -1, *kernel)
+    padding = conv.padding
+    x = x.to(basis.dtype)
+    if getattr(conv, "padding_mode", "zeros") != "zeros":
+        x = functional.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+        padding = 0
+    result: Tensor = _CONVOLUTIONS[len(kernel)](x, weight, stride=conv.stride, padding=padding, dilation=conv.dilation)
+    return result
