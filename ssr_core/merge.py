@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -25,6 +25,9 @@ from .targets import Target
 
 Unsupported = Literal["refuse", "pass_through"]
 Unseen = Literal["anchor", "refuse"]
+
+LAYERS_AT_ONCE = 64
+"""Layers solved between two calls of `tick`."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def merge(
     device: torch.device | None = None,
     unsupported: Unsupported = "refuse",
     unseen: Unseen = "anchor",
+    tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> MergeResult:
     """Merge LoRAs into one.
 
@@ -69,6 +73,7 @@ def merge(
         device: Where to solve; None is the CPU.
         unsupported: What to do about keys that are not low-rank: refuse, or leave them to the caller.
         unseen: What to do about a routed layer that never ran in calibration.
+        tick: Called with (layers done, layers in all) as the solve goes on; may raise to cancel.
 
     Returns:
         The merged adapter and the report.
@@ -85,12 +90,17 @@ def merge(
     shared = [stack for stack in stacks if len(stack.blocks) > 1]
     stats = _stats(shared, tasks, method, calibration, unseen)
     out_dtype = dtype or _input_dtype(tasks)
-    answers = method.merge(shared, stats, device or torch.device("cpu"))
     layers: dict[Target, LoRALayer] = {}
     reports: list[LayerReport] = []
-    for stack, factors, one in zip(shared, answers, stats, strict=True):
-        layers[stack.target] = _finish(stack, factors, out_dtype)
-        reports.append(_layer_report(stack, factors, one, method))
+    order = sorted(range(len(shared)), key=lambda i: shared[i].rank)
+    for at in range(0, len(order), LAYERS_AT_ONCE):
+        chunk = order[at : at + LAYERS_AT_ONCE]
+        tick(at, len(order))
+        answers = method.merge([shared[i] for i in chunk], [stats[i] for i in chunk], device or torch.device("cpu"))
+        for i, factors in zip(chunk, answers, strict=True):
+            layers[shared[i].target] = _finish(shared[i], factors, out_dtype)
+            reports.append(_layer_report(shared[i], factors, stats[i], method))
+    tick(len(order), len(order))
     for stack in stacks:
         if len(stack.blocks) == 1:
             for target, layer in _pass_through(stack, out_dtype):

@@ -1,0 +1,1 @@
+"""ComfyUI nodes: thin classes over `ssr_core`. `host.py` is the only module that imports ComfyUI's internals."""

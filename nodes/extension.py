@@ -1,0 +1,17 @@
+"""The list of nodes, as ComfyUI asks for it."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .lora_node import SSRLoRA
+from .merge_nodes import SSRCalibrate, SSRMergeNode, SSRSolve
+from .storage_nodes import SSRLoadCalibration, SSRSaveCalibration, SSRSaveLoRA
+
+
+class SSRMergeExtension(ComfyExtension):
+    """SSR-Merge."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """All nodes of the pack."""
+        return [SSRLoRA, SSRMergeNode, SSRCalibrate, SSRSolve, SSRSaveCalibration, SSRLoadCalibration, SSRSaveLoRA]

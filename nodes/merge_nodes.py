@@ -1,0 +1,167 @@
+"""SSR Merge, and its two halves SSR Calibrate and SSR Solve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from . import host, pipeline
+from .entries import LoRAEntries, flatten, parse_strengths
+from .options import (
+    CATEGORY,
+    LORA_MODEL,
+    SSR_CALIBRATION,
+    calibration_inputs,
+    calibration_options,
+    lora_sockets,
+    optional_calibration_inputs,
+    solve_inputs,
+    solve_options,
+)
+
+_MODEL_TIP = "The base model that the LoRAs were trained for. LoRAs already on it stay active and are not merged."
+_CLIP_TIP = "Encodes the prompts; its LoRA layers are merged too. Not needed if every SSR LoRA has a CONDITIONING."
+_ALIASES = ["merge lora", "lora merge", "combine characters", "combine loras", "two characters", "identity bleed"]
+
+
+def _merge_outputs() -> list[io.Output]:
+    return [
+        io.Model.Output(display_name="MODEL", tooltip="The model with the merged LoRA; goes straight into KSampler."),
+        io.Clip.Output(
+            display_name="CLIP", tooltip="The text encoder with the merged LoRA; encode your prompts with it."
+        ),
+        LORA_MODEL.Output(
+            display_name="LORA_MODEL", tooltip="The merged LoRA, for SSR Save LoRA or core's LoRA nodes."
+        ),
+    ]
+
+
+class SSRMergeNode(io.ComfyNode):
+    """The whole merge in one node."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            node_id="SSRMerge",
+            display_name="SSR Merge",
+            category=CATEGORY,
+            description="Merges LoRAs so that each keeps its subject: one short sampling pass for each LoRA shows which "
+            "signals belong to it, and a least-squares router sends them there. No training.",
+            search_aliases=_ALIASES,
+            inputs=[
+                io.Model.Input("model", tooltip=_MODEL_TIP),
+                io.Clip.Input("clip", optional=True, tooltip=_CLIP_TIP),
+                lora_sockets(minimum=1),
+                *calibration_inputs(),
+                *optional_calibration_inputs(),
+                *solve_inputs(),
+            ],
+            outputs=[
+                *_merge_outputs(),
+                SSR_CALIBRATION.Output(display_name="CALIBRATION", tooltip="For SSR Solve and SSR Save Calibration."),
+                io.String.Output(display_name="report", tooltip="What was merged, how well, and what to do next."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, loras: dict[str, LoRAEntries], clip: Any = None, **values: Any) -> io.NodeOutput:
+        """Calibrate, solve, apply."""
+        loaded = pipeline.load(flatten(loras), model, clip)
+        progress = host.Progress(model)
+        options = solve_options(values)
+        calibration = pipeline.calibrate(loaded, model, clip, calibration_options(values), progress)
+        merged = pipeline.solve(loaded, model, clip, calibration, options, progress)
+        text = merged.report.to_markdown()
+        socket = pipeline.socket_of(calibration, loaded.entries)
+        return io.NodeOutput(merged.model, merged.clip, merged.lora, socket, text, ui=ui.PreviewText(text))
+
+
+class SSRCalibrate(io.ComfyNode):
+    """The slow half."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            node_id="SSRCalibrate",
+            display_name="SSR Calibrate",
+            category=CATEGORY,
+            description="Runs the calibration passes of SSR Merge once. SSR Solve then merges from them in a second, at "
+            "any strength and ridge, with any subset of the LoRAs.",
+            search_aliases=[*_ALIASES, "calibration"],
+            inputs=[
+                io.Model.Input("model", tooltip=_MODEL_TIP),
+                io.Clip.Input("clip", optional=True, tooltip=_CLIP_TIP),
+                lora_sockets(minimum=1),
+                *calibration_inputs(),
+                *optional_calibration_inputs(),
+            ],
+            outputs=[
+                SSR_CALIBRATION.Output(display_name="CALIBRATION", tooltip="For SSR Solve and SSR Save Calibration."),
+                io.String.Output(display_name="report", tooltip="What each pass saw."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, loras: dict[str, LoRAEntries], clip: Any = None, **values: Any) -> io.NodeOutput:
+        """Run the passes."""
+        loaded = pipeline.load(flatten(loras), model, clip)
+        calibration = pipeline.calibrate(loaded, model, clip, calibration_options(values), host.Progress(model))
+        socket = pipeline.socket_of(calibration, loaded.entries)
+        text = pipeline.calibration_report(socket)
+        return io.NodeOutput(socket, text, ui=ui.PreviewText(text))
+
+
+class SSRSolve(io.ComfyNode):
+    """The quick half."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            node_id="SSRSolve",
+            display_name="SSR Solve",
+            category=CATEGORY,
+            description="Merges LoRAs from a calibration, without sampling. Change strengths or settings and run again: "
+            "only this node works.",
+            search_aliases=[*_ALIASES, "lora strength", "router"],
+            inputs=[
+                io.Model.Input("model", tooltip=_MODEL_TIP),
+                SSR_CALIBRATION.Input("calibration", tooltip="From SSR Calibrate, SSR Merge or SSR Load Calibration."),
+                io.Clip.Input("clip", optional=True, tooltip="The text encoder that was calibrated, if any."),
+                io.String.Input(
+                    "strengths",
+                    multiline=True,
+                    default="",
+                    tooltip="One line for each LoRA in order: its strength, or model and CLIP strength (0.8 0.5). 0 leaves "
+                    "it out. Empty: as calibrated. Far from the calibrated strength the statistics are approximate.",
+                ),
+                lora_sockets(minimum=0),
+                *solve_inputs(),
+            ],
+            outputs=[
+                *_merge_outputs(),
+                io.String.Output(display_name="report", tooltip="What was merged, how well, and what to do next."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        calibration: pipeline.CalibrationSocket,
+        strengths: str = "",
+        clip: Any = None,
+        loras: dict[str, LoRAEntries] | None = None,
+        **values: Any,
+    ) -> io.NodeOutput:
+        """Solve and apply."""
+        entries = parse_strengths(strengths, pipeline.entries_of(calibration, flatten(loras)))
+        loaded = pipeline.load(entries, model, clip)
+        merged = pipeline.solve(
+            loaded, model, clip, calibration.calibration, solve_options(values), host.Progress(model)
+        )
+        text = merged.report.to_markdown()
+        return io.NodeOutput(merged.model, merged.clip, merged.lora, text, ui=ui.PreviewText(text))

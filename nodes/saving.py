@@ -1,0 +1,106 @@
+"""Writing a merged LoRA: to a temporary file, back through ComfyUI's loader, compared, renamed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ssr_core import FileError, IncompatibleError, KeyStyle, MergeResult, atomic_path, to_tensors, write_safetensors
+from . import host
+from .pipeline import MergedLoRA, MergeOrigin
+
+TOLERANCE = 8
+"""Allowed difference between file and live merge, in roundings of the file's dtype."""
+
+
+def save_lora(lora: Mapping[str, Tensor], path: Path, style: KeyStyle) -> None:
+    """Write a LORA_MODEL to a new file.
+
+    Args:
+        lora: A merge of this pack, or any LORA_MODEL (written as it is, in its own key style).
+        path: The file to make.
+        style: Key style of a merge.
+
+    Raises:
+        FileError: The file exists, cannot be written, or does not load to what was merged.
+        IncompatibleError: The model family lacks this key style.
+    """
+    if not isinstance(lora, MergedLoRA):
+        if style != "comfy":
+            raise IncompatibleError(
+                f"this LORA_MODEL does not come from SSR-Merge and cannot be rewritten in the style {style}.",
+                remedy="choose comfy, which writes it as it is.",
+            )
+        with atomic_path(path) as temporary:
+            write_safetensors(temporary, lora, {"format": "pt"})
+        return
+    origin = lora.origin
+    tensors = to_tensors(origin.result, origin.key_map, style)
+    with atomic_path(path) as temporary:
+        write_safetensors(temporary, tensors, {**origin.metadata, "ssr_merge.key_style": style})
+        _verify(temporary, path, origin)
+
+
+def _verify(temporary: Path, path: Path, origin: MergeOrigin) -> None:
+    """Compare the file, as ComfyUI loads it, with the live merge on random inputs."""
+    patches, unused = host.reload_patches(temporary, origin.core_keys)
+    if unused:
+        raise FileError(
+            f"ComfyUI would not load {len(unused)} keys, e.g. {unused[0]}; nothing was saved.", file=path.name
+        )
+    expected, found = _expected_outputs(origin), _loaded_outputs(patches, origin)
+    if expected.keys() != found.keys():
+        missing = sorted(expected.keys() ^ found.keys())[0]
+        raise FileError("the file does not cover the same layers; nothing was saved.", file=path.name, layer=missing)
+    dtypes = {layer.down.dtype for layer in origin.result.layers.values()}
+    eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=1e-6)
+    for name, value in expected.items():
+        scale = float(value.norm())
+        if float((found[name] - value).norm()) > TOLERANCE * eps * max(scale, 1e-30):
+            raise FileError("the file does not give the live merge; nothing was saved.", file=path.name, layer=name)
+
+
+def _probe(name: str, width: int) -> Tensor:
+    """A fixed random input for one layer, float64."""
+    return torch.randn(width, generator=torch.Generator().manual_seed(width), dtype=torch.float64)
+
+
+def _expected_outputs(origin: MergeOrigin) -> dict[str, Tensor]:
+    rows = {
+        f"{e.target.module_path}.weight": e.weight_shape[0] for e in origin.key_map.values() if e.parameter == "weight"
+    }
+    outputs: dict[str, Tensor] = {}
+    result: MergeResult = origin.result
+    for target, layer in result.layers.items():
+        name = f"{target.module_path}.weight"
+        out = outputs.setdefault(name, torch.zeros(rows[name], dtype=torch.float64))
+        start = 0 if target.out_slice is None else target.out_slice[0]
+        change = layer.up.double() @ (layer.down.double() @ _probe(name, layer.down.shape[1])) * layer.scale
+        out[start : start + change.shape[0]] += change
+    for (target, parameter), value in result.vectors.items():
+        outputs[f"{target.module_path}.{parameter}"] = value.double().flatten()
+    return outputs
+
+
+def _loaded_outputs(patches: Mapping[Any, Any], origin: MergeOrigin) -> dict[str, Tensor]:
+    rows = {
+        f"{e.target.module_path}.weight": e.weight_shape[0] for e in origin.key_map.values() if e.parameter == "weight"
+    }
+    outputs: dict[str, Tensor] = {}
+    for key, patch in patches.items():
+        name, offset, function = (key, None, None) if isinstance(key, str) else (*key, None)[:3]
+        if isinstance(patch, tuple):
+            outputs[name] = patch[1][0].double().flatten()
+            continue
+        up, down, alpha = patch.weights[0].double().flatten(1), patch.weights[1].double().flatten(1), patch.weights[2]
+        change = up @ (down @ _probe(name, down.shape[1])) * (1.0 if alpha is None else alpha / down.shape[0])
+        if function is not None:
+            change = function(change[:, None])[:, 0]
+        out = outputs.setdefault(name, torch.zeros(rows[name], dtype=torch.float64))
+        start = 0 if offset is None else offset[1]
+        out[start : start + change.shape[0]] += change
+    return outputs

@@ -1,0 +1,122 @@
+"""Saving and loading: calibrations, and the merged LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..ssr_core import KEY_STYLES, KeyStyle, load_calibration, save_calibration
+from . import host, pipeline, saving
+from .entries import file_hash
+from .options import CATEGORY, LORA_MODEL, SSR_CALIBRATION
+
+
+class SSRSaveCalibration(io.ComfyNode):
+    """Keep a calibration."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            node_id="SSRSaveCalibration",
+            display_name="SSR Save Calibration",
+            category=CATEGORY,
+            description="Writes a calibration below the output folder. It holds statistics, not the LoRAs themselves.",
+            search_aliases=["save calibration"],
+            is_output_node=True,
+            inputs=[
+                SSR_CALIBRATION.Input("calibration", tooltip="From SSR Calibrate or SSR Merge."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="calibrations/ssr",
+                    tooltip="Name below the output folder; a number is added, nothing is overwritten.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="path", tooltip="Where the file is.")],
+        )
+
+    @classmethod
+    def execute(cls, calibration: pipeline.CalibrationSocket, filename_prefix: str) -> io.NodeOutput:
+        """Write the file."""
+        path = host.output_path(filename_prefix, ".calibration.safetensors")
+        save_calibration(calibration.calibration, path)
+        return io.NodeOutput(str(path), ui=ui.PreviewText(str(path)))
+
+
+class SSRLoadCalibration(io.ComfyNode):
+    """Take a calibration up again."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            node_id="SSRLoadCalibration",
+            display_name="SSR Load Calibration",
+            category=CATEGORY,
+            description="Reads a saved calibration. SSR Solve finds its LoRAs in the loras folders by their content.",
+            search_aliases=["load calibration"],
+            inputs=[
+                io.Combo.Input(
+                    "calibration",
+                    options=host.calibration_files(),
+                    tooltip="A file that SSR Save Calibration wrote. Press R after saving a new one.",
+                )
+            ],
+            outputs=[SSR_CALIBRATION.Output(display_name="CALIBRATION", tooltip="For SSR Solve.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, calibration: str | None = None, **_: Any) -> str:
+        """The file's content."""
+        return "" if calibration is None else file_hash(host.calibration_path(calibration))
+
+    @classmethod
+    def execute(cls, calibration: str) -> io.NodeOutput:
+        """Read the file."""
+        return io.NodeOutput(pipeline.socket_of(load_calibration(host.calibration_path(calibration)), ()))
+
+
+class SSRSaveLoRA(io.ComfyNode):
+    """Write the merged LoRA as a file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            node_id="SSRSaveLoRA",
+            display_name="SSR Save LoRA",
+            category=CATEGORY,
+            description="Writes a merged LoRA as an ordinary file, loads it back the way ComfyUI does and compares it with "
+            "the live merge before it gets its name.",
+            search_aliases=["save lora", "export lora"],
+            is_output_node=True,
+            inputs=[
+                LORA_MODEL.Input(
+                    "lora", tooltip="From SSR Merge or SSR Solve; other LORA_MODELs are written as they are."
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default="loras/ssr_merged",
+                    tooltip="Name below the output folder; below loras/ the file shows up in LoRA loaders after a "
+                    "refresh (R). A number is added, nothing is overwritten.",
+                ),
+                io.Combo.Input(
+                    "key_style",
+                    options=list(KEY_STYLES),
+                    default="comfy",
+                    tooltip="Names inside the file: comfy (diffusion_model.*, loads everywhere in ComfyUI), kohya "
+                    "(lora_unet_*), diffusers (transformer.*, where the model family has them).",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="path", tooltip="Where the file is.")],
+        )
+
+    @classmethod
+    def execute(cls, lora: Mapping[str, Tensor], filename_prefix: str, key_style: KeyStyle) -> io.NodeOutput:
+        """Write, check, rename."""
+        path = host.output_path(filename_prefix, ".safetensors")
+        saving.save_lora(lora, path, key_style)
+        return io.NodeOutput(str(path), ui=ui.PreviewText(str(path)))
