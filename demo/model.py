@@ -18,10 +18,10 @@ from ssr_core import KeyMap, KeyTarget, Target
 TEXT_LENGTH = 16
 
 
-def embed_text(prompt: str, width: int) -> Tensor:
-    """(TEXT_LENGTH, width): one random but fixed vector a word, zeros as padding."""
-    rows = torch.zeros(TEXT_LENGTH, width)
-    for index, word in enumerate(prompt.lower().split()[:TEXT_LENGTH]):
+def embed_text(prompt: str, width: int, length: int = TEXT_LENGTH) -> Tensor:
+    """(length, width): one random but fixed vector a word, zeros as padding."""
+    rows = torch.zeros(length, width)
+    for index, word in enumerate(prompt.lower().split()[:length]):
         generator = torch.Generator().manual_seed(zlib.crc32(word.encode()))
         rows[index] = torch.randn(width, generator=generator)
     return rows
@@ -60,8 +60,11 @@ class Block(nn.Module):
 class StubTransformer(nn.Module):
     """Noise (B, 4, 16, 16), sigma and prompts in, a prediction of the same shape out."""
 
-    def __init__(self, d: int = 96, depth: int = 3, heads: int = 4, seed: int = 0) -> None:
+    def __init__(
+        self, d: int = 96, depth: int = 3, heads: int = 4, seed: int = 0, text_length: int = TEXT_LENGTH
+    ) -> None:
         super().__init__()
+        self.text_length = text_length
         generator = torch.Generator().manual_seed(seed)
         self.d = d
         self.patch = nn.Conv2d(4, d, 2, stride=2)
@@ -78,7 +81,7 @@ class StubTransformer(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, noise: Tensor, sigma: float, prompts: Sequence[str]) -> Tensor:
-        words = torch.stack([embed_text(prompt, self.d) for prompt in prompts]).to(noise)
+        words = torch.stack([embed_text(prompt, self.d, self.text_length) for prompt in prompts]).to(noise)
         angles = sigma * 2.0 ** torch.arange(8).to(noise)
         condition = self.time_in(torch.cat([angles.sin(), angles.cos()]).expand(len(prompts), 16))
         condition = nn.functional.silu(condition + self.pooled_in(words.sum(dim=1) / 2))

@@ -31,7 +31,7 @@ class SSRMerge:
     name: ClassVar[str] = "ssr"
     needs_calibration: ClassVar[bool] = True
 
-    ridge: float = 1e-3
+    ridge: float = 0.01
     anchor: Anchor = "sum"
     balance: bool = True
 
@@ -106,5 +106,5 @@ def _unsolvable(stack: LayerStack, stats: GramStats | None, ridge: float) -> Sol
     return SolveError(
         f"ridge {ridge:g} leaves no solution: {tokens:.0f} tokens for rank {stack.rank}.",
         layer=str(stack.target),
-        remedy="set ridge to 0.001 or more.",
+        remedy="set ridge to 0.01.",
     )
