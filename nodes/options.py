@@ -153,7 +153,7 @@ def calibration_inputs() -> list[io.Input]:
             default=1,
             min=1,
             max=100,
-            tooltip="Sampling steps of each calibration pass. 1 is enough for most merges; 4 looks at several noise "
+            tooltip="Sampling steps of each calibration pass. 1 as in the paper; 4 looks at several noise "
             "levels and costs four times as much.",
         ),
         io.Int.Input("width", default=512, min=16, max=8192, step=8, tooltip=_size_tip("Width")),

@@ -49,6 +49,18 @@ def to_tensors(result: MergeResult, key_map: KeyMap, style: KeyStyle = "comfy") 
             tensors.update(_pair(_name_of(entry, names), layer, shape[2:], style))
     for (target, parameter), value in result.vectors.items():
         tensors.update(_vector(target, parameter, value, names, key_map, style))
+    return _unshared(tensors)
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies only where two names would share memory, which safetensors refuses."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        whole = tensor.is_contiguous() and storage.nbytes() == tensor.numel() * tensor.element_size()
+        if not whole or storage.data_ptr() in seen:
+            tensors[name] = tensor.contiguous().clone()
+        seen.add(storage.data_ptr())
     return tensors
 
 
@@ -146,8 +158,7 @@ def _pair(name: str, layer: LoRALayer, kernel: tuple[int, ...], style: KeyStyle)
         down = down.reshape(layer.rank, -1, *kernel)
         up = up.reshape(*up.shape, *(1 for _ in kernel))
     names = (".lora_B.weight", ".lora_A.weight") if style == "diffusers" else (".lora_up.weight", ".lora_down.weight")
-    # clone: factors that several names share must not share memory in the file
-    tensors = {name + names[0]: up.contiguous().clone(), name + names[1]: down.contiguous().clone()}
+    tensors = {name + names[0]: up, name + names[1]: down}
     if style != "diffusers" or layer.scale != 1:
         alpha = float(layer.rank) if layer.alpha is None else layer.alpha
         tensors[name + ".alpha"] = torch.tensor(alpha, dtype=torch.float32)
@@ -177,4 +188,4 @@ def _vector(
             layer=str(target),
             remedy="choose the key style comfy.",
         )
-    return {whole[0] + suffix: value.contiguous().clone()}
+    return {whole[0] + suffix: value}
