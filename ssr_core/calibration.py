@@ -91,10 +91,11 @@ class Calibration:
             stack: A stack of the tasks that are to be merged.
             records: For each task, the index of its record (`match`).
         """
-        stats = self.stats.get(stack.target)
+        origin = stack.origin or stack.target
+        stats = self.stats.get(origin)
         if stats is None:
             return None
-        known = self.stack_tasks[stack.target]
+        known = self.stack_tasks[origin]
         wanted = [records[task] for task in stack.tasks]
         if any(index not in known for index in wanted):
             raise IncompatibleError(

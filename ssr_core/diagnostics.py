@@ -30,33 +30,55 @@ class RoutingError:
     energy: Tensor
 
 
-def routing_error(router: Tensor, grams: Tensor, ranks: Sequence[int], up_gram: Tensor) -> RoutingError:
+def routed_signals(router: Tensor, grams: Tensor) -> Tensor:
+    """M S_k for every task, (K, R, R): the only cubic part of all diagnostics of one router.
+
+    Args:
+        router: (R, R), or (R,) for a diagonal router, which costs no matrix product.
+        grams: (K, R, R).
+    """
+    return router[None, :, None] * grams if router.ndim == 1 else router @ grams
+
+
+def routing_error(
+    router: Tensor, grams: Tensor, ranks: Sequence[int], up_gram: Tensor, signals: Tensor | None = None
+) -> RoutingError:
     """Error of any router M on every task.
 
     Args:
-        router: (R, R).
+        router: (R, R), or (R,) for a diagonal one.
         grams: (K, R, R), scaled as the caller wants tasks and tokens weighted.
         ranks: Rows of each block.
         up_gram: (R, R), `B^T B`.
+        signals: `routed_signals(router, grams)` if the caller has it.
     """
+    signals = routed_signals(router, grams) if signals is None else signals
+    weighted = up_gram * router[None, :] if router.ndim == 1 else up_gram @ router
     errors, energies = [], []
     for k, rows in enumerate(block_slices(ranks)):
-        selector = torch.zeros_like(router)
-        selector[rows, rows] = torch.eye(ranks[k], dtype=router.dtype, device=router.device)
-        off = router - selector
-        errors.append(((off @ grams[k] @ off.T) * up_gram).sum())
-        energies.append((grams[k][rows, rows] * up_gram[rows, rows]).sum())
+        energy = (grams[k][rows, rows] * up_gram[rows, rows]).sum()
+        # tr(W M S M^T) - 2 tr(W M S E^T) + tr(W E S E^T)
+        cross = (signals[k][:, rows] * up_gram[:, rows]).sum()
+        errors.append((signals[k] * weighted).sum() - 2 * cross + energy)
+        energies.append(energy)
     return RoutingError(torch.stack(errors).clamp_min(0), torch.stack(energies).clamp_min(0))
 
 
-def crosstalk(router: Tensor, grams: Tensor, ranks: Sequence[int], up_gram: Tensor) -> Tensor:
+def crosstalk(
+    router: Tensor, grams: Tensor, ranks: Sequence[int], up_gram: Tensor, signals: Tensor | None = None
+) -> Tensor:
     """Energy of branch j under task i, (K tasks, K branches); not normalised, so layers add up."""
-    slices = block_slices(ranks)
-    rows = []
-    for k in range(len(ranks)):
-        routed = router @ grams[k] @ router.T
-        rows.append(torch.stack([(routed[s, s] * up_gram[s, s]).sum() for s in slices]))
-    return torch.stack(rows).clamp_min(0)
+    signals = routed_signals(router, grams) if signals is None else signals
+    columns = []
+    for rows in block_slices(ranks):
+        own = up_gram[rows, rows]
+        if router.ndim == 1:
+            weighted = torch.zeros_like(up_gram[rows])
+            weighted[:, rows] = own * router[None, rows]
+        else:
+            weighted = own @ router[rows]
+        columns.append((signals[:, rows] * weighted).sum(dim=(1, 2)))
+    return torch.stack(columns, dim=1).clamp_min(0)
 
 
 def separability(grams: Tensor) -> Tensor:

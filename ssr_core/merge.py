@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
@@ -10,16 +9,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .accounting import account, layer_report
 from .adapters import LoRALayer
 from .advice import notes_for, warnings_for
 from .calibration import Calibration
 from .canonical import balance
-from .diagnostics import crosstalk, routing_error
 from .errors import CalibrationError, IncompatibleError, SolveError
 from .gram import GramStats
 from .methods import MergedFactors, MergeMethod
-from .report import FileAccount, KeyFate, LayerReport, LayerStatus, MergeReport, count_fates
-from .router import anchor_router, pooled
+from .report import LayerReport, MergeReport
 from .stacks import Block, LayerStack, Task, build_stacks
 from .targets import Target
 
@@ -86,7 +84,7 @@ def merge(
     if not any(task.strength_model or task.strength_clip for task in tasks):
         raise IncompatibleError("no LoRA is enabled.", remedy="enable at least one LoRA with a strength other than 0.")
     _check_unsupported(tasks, unsupported)
-    stacks = build_stacks(tasks)
+    stacks = build_stacks(tasks, like=calibration.stack_tasks if calibration is not None else ())
     shared = [stack for stack in stacks if len(stack.blocks) > 1]
     stats = _stats(shared, tasks, method, calibration, unseen)
     out_dtype = dtype or _input_dtype(tasks)
@@ -99,7 +97,7 @@ def merge(
         answers = method.merge([shared[i] for i in chunk], [stats[i] for i in chunk], device or torch.device("cpu"))
         for i, factors in zip(chunk, answers, strict=True):
             layers[shared[i].target] = _finish(shared[i], factors, out_dtype)
-            reports.append(_layer_report(shared[i], factors, stats[i], method))
+            reports.append(layer_report(shared[i], factors, stats[i], method))
     tick(len(order), len(order))
     for stack in stacks:
         if len(stack.blocks) == 1:
@@ -111,7 +109,7 @@ def merge(
         describe(method),
         tuple(task.name for task in tasks),
         tuple(reports),
-        tuple(_account(i, task, reports, unsupported) for i, task in enumerate(tasks)),
+        tuple(account(i, task, reports, unsupported == "pass_through") for i, task in enumerate(tasks)),
         tuple(warnings_for(tasks, reports, shared, stats, method.needs_calibration)),
         tuple(notes_for(tasks, calibration)),
     )
@@ -122,13 +120,17 @@ def _check_unsupported(tasks: Sequence[Task], unsupported: Unsupported) -> None:
     if unsupported != "refuse":
         return
     for task in tasks:
-        records = task.adapter.keys_with("unsupported")
-        if records and (task.strength_model or task.strength_clip):
+        records = [
+            record
+            for record in task.adapter.keys_with("unsupported")
+            if record.target is not None and task.strength(record.target.part) != 0
+        ]
+        if records:
             first = records[0]
             raise IncompatibleError(
                 f"{len(records)} of its keys cannot be routed; the first is {first.key}: {first.reason}.",
                 file=task.name,
-                layer=str(first.target) if first.target else None,
+                layer=str(first.target),
                 remedy="remove this LoRA, or set unsupported to pass_through: the MODEL then gets these keys "
                 "as ordinary patches and the saved file lacks them.",
             )
@@ -194,37 +196,6 @@ def _plain(block: Block) -> MergedFactors:
     return MergedFactors(block.down, block.up)
 
 
-def _layer_report(
-    stack: LayerStack, factors: MergedFactors, stats: GramStats | None, method: MergeMethod
-) -> LayerReport:
-    seen = stats is not None and float(stats.tokens.sum()) > 0
-    status: LayerStatus = "merged" if not method.needs_calibration else "routed" if seen else "anchored"
-    view = factors.view
-    if stats is None:
-        return LayerReport(stack.target, status, stack.tasks, stack.rank)
-    tokens, nonfinite = tuple(stats.tokens.tolist()), int(stats.nonfinite.sum())
-    if not seen or view is None or view.grams is None or view.ups.shape[1] == 0:
-        return LayerReport(stack.target, status, stack.tasks, stack.rank, tokens, nonfinite)
-    grams = pooled(view.grams, stats.tokens.to(view.grams.device), balanced=True)
-    ups = view.ups.to(torch.float64)
-    up_gram = ups.T @ ups
-    routers = {
-        "result": view.router,
-        "sum": anchor_router("sum", grams, view.ranks),
-        "average": anchor_router("average", grams, view.ranks),
-        "gains": anchor_router("gains", grams, view.ranks),
-    }
-    errors = {}
-    for name, router in routers.items():
-        one = routing_error(router, grams, view.ranks, up_gram)
-        energy = float(one.energy.sum())
-        errors[name] = math.sqrt(float(one.error.sum()) / energy) if energy > 0 else 0.0
-    matrices = {name: crosstalk(routers[name], grams, view.ranks, up_gram).tolist() for name in ("sum", "result")}
-    return LayerReport(
-        stack.target, status, stack.tasks, stack.rank, tokens, nonfinite, factors.condition, errors, matrices
-    )
-
-
 def _sum_vectors(tasks: Sequence[Task], dtype: torch.dtype) -> dict[tuple[Target, str], Tensor]:
     total: dict[tuple[Target, str], Tensor] = {}
     for task in tasks:
@@ -234,38 +205,3 @@ def _sum_vectors(tasks: Sequence[Task], dtype: torch.dtype) -> dict[tuple[Target
                 scaled = value.to(torch.float32) * strength
                 total[key] = total[key] + scaled if key in total else scaled
     return {key: value.to(dtype) for key, value in total.items()}
-
-
-def _account(index: int, task: Task, reports: Sequence[LayerReport], unsupported: Unsupported) -> FileAccount:
-    by_module: dict[tuple[str, str], list[LayerReport]] = {}
-    for layer in reports:
-        if index in layer.tasks:
-            by_module.setdefault((layer.target.part, layer.target.module_path), []).append(layer)
-    fates: list[KeyFate] = []
-    details: list[tuple[str, KeyFate, str]] = []
-    for record in task.adapter.records:
-        fate: KeyFate
-        if record.status == "unmatched" or record.target is None:
-            fate = "unmatched"
-        elif record.status == "unsupported":
-            fate = "host_patch" if unsupported == "pass_through" else "refused"
-        elif task.strength(record.target.part) == 0:
-            fate = "strength_0"
-        elif record.status == "vector":
-            fate = "summed"
-        else:
-            fate = _owner(record.target, by_module).status
-        fates.append(fate)
-        if record.reason:
-            details.append((record.key, fate, record.reason))
-    return FileAccount(task.name, len(fates), count_fates(fates), tuple(details))
-
-
-def _owner(target: Target, by_module: Mapping[tuple[str, str], list[LayerReport]]) -> LayerReport:
-    """The merged layer whose rows contain the target's."""
-    for layer in by_module[(target.part, target.module_path)]:
-        rows = layer.target.out_slice
-        mine = target.out_slice
-        if rows is None or (mine is not None and rows[0] <= mine[0] and mine[0] + mine[1] <= rows[0] + rows[1]):
-            return layer
-    raise AssertionError(f"no merged layer contains {target}")

@@ -39,7 +39,7 @@ class LayerReport:
         rank: R, the sum of their ranks.
         tokens: Weighted tokens that calibration saw here, for each of `tasks`.
         nonfinite: Tokens left out because they were NaN or infinite.
-        condition: Condition number of the solved matrix; nan where nothing was solved.
+        condition: Condition number of the solved matrix (a lower bound); nan where nothing was solved.
         errors: Relative reconstruction error on the calibration tokens, by router: "result", "sum",
             "average", "gains"; empty without statistics.
         crosstalk: Two (K, K) matrices, sum and result: mean energy of branch j under task i.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,11 +110,13 @@ class LayerStack:
         target: Module and rows; the union of the rows where slices overlap.
         blocks: One block for each task that has this layer, in task order.
         kernel: Spatial kernel; empty for linear layers.
+        origin: Target under which a calibration keeps the statistics; `target` if none was given.
     """
 
     target: Target
     blocks: tuple[Block, ...]
     kernel: tuple[int, ...] = ()
+    origin: Target | None = None
 
     @property
     def tasks(self) -> tuple[int, ...]:
@@ -146,7 +149,7 @@ class LayerStack:
         return self.blocks[0].rows
 
 
-def build_stacks(tasks: Sequence[Task], *, fuse_slices: bool = False) -> list[LayerStack]:
+def build_stacks(tasks: Sequence[Task], *, fuse_slices: bool = False, like: Iterable[Target] = ()) -> list[LayerStack]:
     """Stack the layers of all tasks.
 
     Slices of one module (q, k, v of a fused qkv) stay apart as long as nobody's rows overlap
@@ -157,68 +160,101 @@ def build_stacks(tasks: Sequence[Task], *, fuse_slices: bool = False) -> list[La
         tasks: The LoRAs; those with strength 0 on a part are absent there.
         fuse_slices: Stack all slices of a module together even if they are disjoint. The router can
             then use every slice's coordinates for each, at three to four times the rank.
+        like: Targets of stacks that exist already (of a calibration): layers inside one of them join
+            it, so that statistics of a larger set of LoRAs fit a subset.
 
     Returns:
         Stacks sorted by target.
     """
-    by_module: dict[tuple[Part, str], list[tuple[Target, int, LoRALayer]]] = {}
+    by_module: dict[tuple[Part, str], list[_Member]] = {}
     for index, task in enumerate(tasks):
         for target, layer in task.adapter.layers.items():
             if task.strength(target.part) != 0:
-                by_module.setdefault((target.part, target.module_path), []).append((target, index, layer))
+                by_module.setdefault((target.part, target.module_path), []).append(_Member(target, index, layer))
+    known: dict[tuple[Part, str], list[Target]] = {}
+    for target in like:
+        known.setdefault((target.part, target.module_path), []).append(target)
     stacks = []
-    for members in by_module.values():
-        for rows, group in _row_components(members, fuse_slices):
-            stacks.append(_stack(rows, group, tasks))
+    for module, members in by_module.items():
+        for group in _group_rows(members, known.get(module, []), fuse_slices):
+            stacks.append(_stack(group, tasks))
     return sorted(stacks, key=lambda stack: str(stack.target))
 
 
-def _row_components(
-    members: Sequence[tuple[Target, int, LoRALayer]], fuse_slices: bool
-) -> Iterable[tuple[tuple[int, int] | None, list[tuple[Target, int, LoRALayer]]]]:
-    """Group members whose row ranges overlap; yields the union of the rows and the group."""
-    whole = [member for member in members if member[0].out_slice is None]
-    if whole:
-        yield None, list(members)
-        return
-    spans = sorted(members, key=lambda member: member[0].out_slice or (0, 0))
-    groups: list[tuple[int, int, list[tuple[Target, int, LoRALayer]]]] = []
-    for member in spans:
-        start, length = member[0].out_slice or (0, 0)
-        if groups and (fuse_slices or start < groups[-1][1]):
-            first, end, group = groups[-1]
-            groups[-1] = (first, max(end, start + length), [*group, member])
+class _Member(NamedTuple):
+    """One task's layer on one module."""
+
+    target: Target
+    task: int
+    layer: LoRALayer
+
+
+@dataclass
+class _Group:
+    """Members that form one stack, and the stack of a calibration that they belong to, if any."""
+
+    members: list[_Member]
+    origin: Target | None = None
+
+
+def _covers(rows: tuple[int, int] | None, part: tuple[int, int] | None) -> bool:
+    if rows is None or part is None:
+        return rows is None
+    return rows[0] <= part[0] and part[0] + part[1] <= rows[0] + rows[1]
+
+
+def _group_rows(members: Sequence[_Member], known: Sequence[Target], fuse_slices: bool) -> list[_Group]:
+    """Group the members of one module whose rows overlap, or that a calibration has in one stack."""
+    groups = {target: _Group([], target) for target in known}
+    rest: list[_Member] = []
+    for member in members:
+        home = next((target for target in known if _covers(target.out_slice, member.target.out_slice)), None)
+        if home is None:
+            rest.append(member)
         else:
-            groups.append((start, start + length, [member]))
-    for start, end, group in groups:
-        yield (start, end - start), group
+            groups[home].members.append(member)
+    found = [group for group in groups.values() if group.members]
+    if fuse_slices or any(member.target.out_slice is None for member in rest):
+        return [*found, _Group(rest)] if rest else found
+    end = -1
+    for member in sorted(rest, key=lambda member: member.target.out_slice or (0, 0)):
+        start, length = member.target.out_slice or (0, 0)
+        if start >= end:
+            found.append(_Group([]))
+        found[-1].members.append(member)
+        end = max(end, start + length)
+    return found
 
 
-def _stack(
-    rows: tuple[int, int] | None, group: Sequence[tuple[Target, int, LoRALayer]], tasks: Sequence[Task]
-) -> LayerStack:
-    first = group[0][0]
+def _stack(group: _Group, tasks: Sequence[Task]) -> LayerStack:
+    first = group.members[0].target
+    width = group.members[0].layer.down.shape[1]
+    slices = [member.target.out_slice for member in group.members]
+    rows = None if None in slices else _union([part for part in slices if part is not None])
     target = Target(first.module_path, rows, first.part)
-    out = (
-        rows[1]
-        if rows is not None
-        else next(layer.up.shape[0] for member, _, layer in group if member.out_slice is None)
-    )
-    width = group[0][2].down.shape[1]
+    whole = (member.layer.up.shape[0] for member in group.members if member.target.out_slice is None)
+    out = next(whole) if rows is None else rows[1]
     by_task: dict[int, list[tuple[Target, LoRALayer]]] = {}
-    for member, index, layer in group:
-        if layer.down.shape[1] != width:
+    for member in group.members:
+        if member.layer.down.shape[1] != width:
             raise IncompatibleError(
-                f"{tasks[index].name} reads {layer.down.shape[1]} inputs here, another LoRA {width}.",
-                file=tasks[index].name,
+                f"{tasks[member.task].name} reads {member.layer.down.shape[1]} inputs here, another LoRA {width}.",
+                file=tasks[member.task].name,
                 layer=str(target),
             )
-        by_task.setdefault(index, []).append((member, layer))
+        by_task.setdefault(member.task, []).append((member.target, member.layer))
     blocks = tuple(_block(index, target, by_task[index], out, tasks[index]) for index in sorted(by_task))
-    return LayerStack(target, blocks, group[0][2].kernel)
+    return LayerStack(target, blocks, group.members[0].layer.kernel, group.origin or target)
+
+
+def _union(slices: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    start = min(first for first, _ in slices)
+    return start, max(first + length for first, length in slices) - start
 
 
 def _block(index: int, target: Target, parts: Sequence[tuple[Target, LoRALayer]], out: int, task: Task) -> Block:
     base = 0 if target.out_slice is None else target.out_slice[0]
+    # A fixed order: the block's coordinates must come out the same whatever the file's order is.
+    parts = sorted(parts, key=lambda part: part[0].out_slice or (0, 0))
     placed = tuple((0 if member.out_slice is None else member.out_slice[0] - base, layer) for member, layer in parts)
     return Block(index, placed, out, task.strength(target.part))

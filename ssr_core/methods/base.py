@@ -39,7 +39,7 @@ class MergedFactors:
         down: (R, in).
         up: (rows, R).
         view: The router behind it, for methods that have one.
-        condition: Condition number of what was solved; nan where nothing was.
+        condition: Condition number of what was solved (a lower bound); nan where nothing was.
     """
 
     down: Tensor
@@ -80,13 +80,14 @@ class CanonicalProblem:
     Attributes:
         ups: (rows, R''), float32 or float64: the stacked ups.
         ranks: Rows of each block in R''.
-        reduce: (R', R''), float64, block-diagonal: from the stack's orthonormal coordinates to these.
+        reduce: (R', R''), float64, block-diagonal: from the stack's orthonormal coordinates to these;
+            None if these are the same.
         grams: (K, R'', R''), float64, or None.
     """
 
     ups: Tensor
     ranks: tuple[int, ...]
-    reduce: Tensor
+    reduce: Tensor | None
     grams: Tensor | None
 
 
@@ -99,16 +100,21 @@ def canonical_problem(stack: LayerStack, stats: GramStats | None, device: torch.
         full = directions.shape[0] == directions.shape[1]
         ups.append(up if full else up @ directions.to(up))
         reduces.append(directions)
-    reduce = torch.block_diag(*reduces)
-    grams = None
-    if stats is not None:
-        grams = reduce.T @ stats.gram.to(device, torch.float64) @ reduce
-    return CanonicalProblem(torch.cat(ups, dim=1), tuple(r.shape[1] for r in reduces), reduce, grams)
+    ranks = tuple(directions.shape[1] for directions in reduces)
+    grams = None if stats is None else stats.gram.to(device, torch.float64)
+    if sum(ranks) == sum(stack.basis_ranks):
+        return CanonicalProblem(torch.cat(ups, dim=1), ranks, None, grams)
+    reduce: Tensor = torch.block_diag(*reduces)
+    if grams is not None:
+        grams = reduce.T @ grams @ reduce
+    return CanonicalProblem(torch.cat(ups, dim=1), ranks, reduce, grams)
 
 
 def absorb(stack: LayerStack, problem: CanonicalProblem, router: Tensor, condition: float) -> MergedFactors:
     """Absorb a router into the ups: (reduced basis, ups @ router)."""
     dtype = problem.ups.dtype
-    down = problem.reduce.T.to(dtype) @ stack.basis.to(problem.ups)
+    down = stack.basis.to(problem.ups)
+    if problem.reduce is not None:
+        down = problem.reduce.T.to(dtype) @ down
     view = RouterView(router, problem.ups, problem.ranks, problem.grams)
     return MergedFactors(down, problem.ups @ router.to(dtype), view, condition)

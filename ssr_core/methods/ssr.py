@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import SolveError
 from ..gram import GramStats
-from ..router import Anchor, anchor_router, condition, correlation, guide, pooled, solve
+from ..router import Anchor, anchor_router, correlation, guide, pooled, solve
 from ..stacks import LayerStack
 from .base import CanonicalProblem, MergedFactors, absorb, canonical_problem
 
@@ -67,8 +67,7 @@ class SSRMerge:
                 continue
             terms = [self._terms(problems[i], stats[i]) for i in indices]
             q, g, anchor, mu = (torch.stack(parts) for parts in zip(*terms, strict=True))
-            router, ok = solve(q, g, anchor, mu)
-            conditions = condition(g + mu[:, None, None] * torch.eye(size, dtype=g.dtype, device=device))
+            router, conditions, ok = solve(q, g, anchor, mu)
             for i, one, fine, number in zip(indices, router, ok.tolist(), conditions.tolist(), strict=True):
                 if not fine:
                     raise _unsolvable(stacks[i], stats[i], self.ridge)
@@ -81,7 +80,7 @@ class SSRMerge:
         """Q, G, R0 and mu of one layer; a layer without data is its anchor."""
         size = sum(problem.ranks)
         if problem.grams is None or stats is None:
-            grams = torch.zeros(len(problem.ranks), size, size, dtype=torch.float64, device=problem.reduce.device)
+            grams = torch.zeros(len(problem.ranks), size, size, dtype=torch.float64, device=problem.ups.device)
         else:
             grams = pooled(problem.grams, stats.tokens.to(problem.grams.device), self.balance)
         g = correlation(grams)
