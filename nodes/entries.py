@@ -159,19 +159,20 @@ def flatten(groups: Mapping[str, LoRAEntries] | None) -> LoRAEntries:
 
 
 def entry_from_record(name: str, sha256: str, model: float, clip: float, prompts: tuple[str, ...]) -> LoRAEntry:
-    """Find the LoRA file that a saved calibration speaks of, by name and content.
+    """Find the LoRA file that a saved calibration speaks of: by its name, in any folder, checked by content.
 
     Raises:
-        FileError: No listed file has this content.
+        FileError: No file of this name has this content.
     """
-    files = host.lora_files()
-    for file in sorted(files, key=lambda other: other != name):  # the old name first, then every other
-        if file.endswith(".safetensors") and file_hash(host.lora_path(file)) == sha256:
+    base = Path(name).name
+    # Only files of the same name are hashed: a library of hundreds of LoRAs would take minutes.
+    for file in sorted(host.lora_files(), key=lambda other: other != name):
+        if Path(file).name == base and file_hash(host.lora_path(file)) == sha256:
             return LoRAEntry(file, sha256, model, clip, prompts, file=file)
     raise FileError(
-        f"no LoRA file has the content that was calibrated (sha256 {sha256[:16]}…).",
+        f"no LoRA file of this name has the content that was calibrated (sha256 {sha256[:16]}…).",
         file=name,
-        remedy="put the file back into a loras folder, connect it to loras, or calibrate again.",
+        remedy="put the file back into a loras folder, connect it as SSR LoRA to loras, or calibrate again.",
     )
 
 

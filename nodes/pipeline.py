@@ -127,7 +127,7 @@ def calibrate(
 
 
 def _check_budget(stacks: Sequence[LayerStack], model: Any, options: CalibrationOptions) -> None:
-    need = memory_need(stacks, torch.empty((), dtype=host.activation_dtype(model)).element_size())
+    need = memory_need(stacks, host.activation_dtype(model))
     check_memory(need, *host.memory_budgets(model.load_device, options.memory_budget_gb))
 
 

@@ -56,7 +56,7 @@ class SSRLoadCalibration(io.ComfyNode):
             node_id="SSRLoadCalibration",
             display_name="SSR Load Calibration",
             category=CATEGORY,
-            description="Reads a saved calibration. SSR Solve finds its LoRAs in the loras folders by their content.",
+            description="Reads a saved calibration. SSR Solve finds its LoRAs in the loras folders by name and checks their content.",
             search_aliases=["load calibration"],
             inputs=[
                 io.Combo.Input(

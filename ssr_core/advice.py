@@ -49,8 +49,11 @@ def warnings_for(
     routed: bool,
 ) -> list[str]:
     """All warnings about one merge."""
-    warnings = prompt_warnings([t.name for t in tasks], [t.prompts for t in tasks]) if routed and len(tasks) > 1 else []
-    for a, b in combinations(tasks, 2):
+    active = [task for task in tasks if task.active]
+    warnings = []
+    if routed and len(active) > 1:
+        warnings = prompt_warnings([task.name for task in active], [task.prompts for task in active])
+    for a, b in combinations(active, 2):
         if a.adapter.fingerprint == b.adapter.fingerprint:
             warnings.append(
                 f"{a.name} and {b.name} have the same content. They are merged as two tasks; if that is not meant, "
@@ -70,7 +73,7 @@ def warnings_for(
                 f"{layer.target} never ran in calibration and is merged by the anchor. If many layers are listed, "
                 "the MODEL calls them in a way that hooks cannot see."
             )
-    for task in tasks:
+    for task in active:
         missing = task.adapter.keys_with("unmatched")
         if missing:
             warnings.append(
@@ -103,7 +106,10 @@ def notes_for(tasks: Sequence[Task], calibration: Calibration | None) -> list[st
     if calibration is None:
         return []
     notes = []
-    for task, index in zip(tasks, calibration.match(tasks), strict=True):
+    matched = calibration.match_active(tasks)
+    for task, index in zip(tasks, matched, strict=True):
+        if index < 0:
+            continue
         record = calibration.tasks[index]
         then, now = (record.strength_model, record.strength_clip), (task.strength_model, task.strength_clip)
         if then != now:
@@ -111,7 +117,7 @@ def notes_for(tasks: Sequence[Task], calibration: Calibration | None) -> list[st
                 f"{task.name} was calibrated at strength {then[0]:g} (CLIP {then[1]:g}) and is merged at {now[0]:g} "
                 f"(CLIP {now[1]:g}): the statistics are an approximation there; calibrate again for the exact ones."
             )
-    dropped = [r.name for i, r in enumerate(calibration.tasks) if i not in calibration.match(tasks)]
+    dropped = [r.name for i, r in enumerate(calibration.tasks) if i not in matched]
     if dropped:
         notes.append(f"Calibrated but not merged: {', '.join(dropped)}.")
     return notes

@@ -84,6 +84,11 @@ class Calibration:
             found.append(index)
         return found
 
+    def match_active(self, tasks: Sequence[Task]) -> list[int]:
+        """As `match`, with -1 for tasks that act on nothing."""
+        found = iter(self.match([task for task in tasks if task.active]))
+        return [next(found) if task.active else -1 for task in tasks]
+
     def stats_for(self, stack: LayerStack, records: Sequence[int]) -> GramStats | None:
         """Statistics for the blocks of a stack; None if the layer never ran or was not routed.
 
@@ -215,13 +220,14 @@ class MemoryNeed:
     host: int
 
 
-def memory_need(stacks: Sequence[LayerStack], itemsize: int) -> MemoryNeed:
+def memory_need(stacks: Sequence[LayerStack], dtype: torch.dtype) -> MemoryNeed:
     """Predict calibration's memory from shapes alone.
 
     Args:
         stacks: All stacks of one part.
-        itemsize: Bytes of one activation value.
+        dtype: Of the activations; float16 ones are projected in float32.
     """
+    itemsize = 4 if dtype == torch.float16 else dtype.itemsize
     device = host = 0
     for stack in stacks:
         ranks = stack.basis_ranks

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .calibration import Calibration, TaskRecord
-from .errors import FileError
+from .errors import CalibrationError, FileError
 from .files import atomic_path, json_text, read_safetensors, write_safetensors
 from .gram import GramStats
 from .targets import Target
@@ -89,7 +89,16 @@ def load_calibration(path: Path) -> Calibration:
         return Calibration(tasks, stats, stack_tasks, str(header["model"]), dict(header["settings"]))
     except FileError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as err:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        IndexError,
+        OverflowError,
+        CalibrationError,
+    ) as err:
         raise FileError(
             f"the calibration is damaged ({type(err).__name__}: {err}).", file=path.name, remedy="calibrate again."
         ) from err
@@ -117,5 +126,7 @@ def _stack(
     gram = packed.new_zeros(len(ranks), size, size)
     gram[:, upper[0], upper[1]] = packed
     gram[:, upper[1], upper[0]] = packed
-    stats = GramStats(gram, tensors[f"{index}.tokens"].double(), tensors[f"{index}.nonfinite"].long(), ranks)
-    return target, members, stats
+    tokens, nonfinite = tensors[f"{index}.tokens"].double(), tensors[f"{index}.nonfinite"].long()
+    if not bool(torch.isfinite(tokens).all()) or bool((tokens < 0).any()) or bool((nonfinite < 0).any()):
+        raise ValueError(f"token counts of {target}")
+    return target, members, GramStats(gram, tokens, nonfinite, ranks)

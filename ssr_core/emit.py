@@ -96,7 +96,7 @@ def _writable(
     """Rearrange the rows of one module's layers so that each piece has a name."""
     pieces: list[tuple[KeyTarget, LoRALayer]] = []
     for target, layer in layers:
-        tiles = _tiles(target, named, shape[0])
+        tiles = _tiles(target, named, shape[0], style)
         if not tiles:
             whole = next((entry for _, entry in named if entry.target.out_slice is None), None)
             if whole is None:
@@ -118,12 +118,14 @@ def _writable(
     return pieces
 
 
-def _tiles(target: Target, named: list[_Named], out: int) -> list[KeyTarget]:
-    """Named row ranges that cover the target's rows exactly, or nothing."""
+def _tiles(target: Target, named: list[_Named], out: int, style: KeyStyle) -> list[KeyTarget]:
+    """Named row ranges that cover the target's rows exactly, or nothing.
+
+    The diffusers style prefers split rows: ComfyUI gives Flux.1's fused layers a name that only
+    Flux.2 files use.
+    """
     start, length = target.out_slice or (0, out)
     exact = [e for _, e in named if (e.target.out_slice or (0, out)) == (start, length)]
-    if exact:
-        return exact[:1]
     inside: dict[tuple[int, int], KeyTarget] = {}
     for _, entry in named:
         rows = entry.target.out_slice
@@ -134,7 +136,10 @@ def _tiles(target: Target, named: list[_Named], out: int) -> list[KeyTarget]:
         if rows[0] == at:
             tiles.append(inside[rows])
             at += rows[1]
-    return tiles if at == start + length else []
+    complete = at == start + length
+    if exact and not (complete and style == "diffusers"):
+        return exact[:1]
+    return tiles if complete else []
 
 
 def _fuse(layers: list[tuple[Target, LoRALayer]], out: int) -> LoRALayer:

@@ -17,6 +17,7 @@ from torch import Tensor
 from .errors import FileError
 
 MAX_TENSORS = 200_000
+PICKLE_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".pkl"}
 _CHUNK = 1 << 22
 
 
@@ -54,8 +55,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise FileError("the file does not exist.", file=str(path), remedy="choose a file from the list.")
     with path.open("rb") as stream:
-        head = stream.read(10)
-    if head[:2] == b"PK" or head[:1] == b"\x80" or path.suffix.lower() in {".pt", ".pth", ".bin", ".ckpt", ".pkl"}:
+        head = stream.read(9)
+    # A safetensors header opens with "{" after its length, and that length may spell a pickle's magic.
+    magic = head[:4] == b"PK\x03\x04" or head[:1] == b"\x80"
+    if (magic and head[8:] != b"{") or path.suffix.lower() in PICKLE_SUFFIXES:
         raise FileError(
             "this is a pickle, which can run code when it is opened; it is refused.",
             file=path.name,

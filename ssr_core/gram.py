@@ -35,6 +35,11 @@ class GramStats:
                 f"statistics of shape {tuple(self.gram.shape)} do not belong to {k} LoRAs of ranks {self.ranks}."
             )
 
+    @property
+    def complete(self) -> bool:
+        """Whether every task's pass reached the layer; without one of them a router would delete its LoRA."""
+        return bool((self.tokens > 0).all())
+
     def subset(self, blocks: Sequence[int]) -> GramStats:
         """Statistics of some of the blocks, as if the others had never been there.
 

@@ -18,7 +18,7 @@ from .errors import CalibrationError, IncompatibleError, SolveError
 from .gram import GramStats
 from .methods import MergedFactors, MergeMethod
 from .report import LayerReport, MergeReport
-from .stacks import Block, LayerStack, Task, build_stacks
+from .stacks import LayerStack, Task, build_stacks
 from .targets import Target
 
 Unsupported = Literal["refuse", "pass_through"]
@@ -149,10 +149,10 @@ def _stats(
                 f"the method {method.name} needs a calibration.", remedy="calibrate, or use the method sum."
             )
         return [None] * len(shared)
-    records = calibration.match(tasks)
+    records = calibration.match_active(tasks)
     stats = [calibration.stats_for(stack, records) for stack in shared]
     for stack, one in zip(shared, stats, strict=True):
-        if unseen == "refuse" and (one is None or bool((one.tokens == 0).any())):
+        if unseen == "refuse" and (one is None or not one.complete):
             raise CalibrationError(
                 "the layer never ran for one of its LoRAs during calibration.",
                 layer=str(stack.target),
@@ -162,7 +162,7 @@ def _stats(
 
 
 def _input_dtype(tasks: Sequence[Task]) -> torch.dtype:
-    dtypes = {layer.down.dtype for task in tasks for layer in task.adapter.layers.values()}
+    dtypes = {t.dtype for task in tasks for layer in task.adapter.layers.values() for t in (layer.down, layer.up)}
     result = next(iter(dtypes), torch.float32)
     for dtype in dtypes:
         result = torch.promote_types(result, dtype)
@@ -171,29 +171,32 @@ def _input_dtype(tasks: Sequence[Task]) -> torch.dtype:
 
 def _finish(stack: LayerStack, factors: MergedFactors, dtype: torch.dtype) -> LoRALayer:
     down, up = balance(factors.down, factors.up)
-    down, up = down.to("cpu", dtype), up.to("cpu", dtype)
-    if not bool(torch.isfinite(down).all() and torch.isfinite(up).all()):
+    name = str(stack.target)
+    return LoRALayer(_cast(down, dtype, name), _cast(up, dtype, name), None, stack.kernel)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, layer: str) -> Tensor:
+    tensor = tensor.to("cpu", dtype).contiguous()
+    if not bool(torch.isfinite(tensor).all()):
         raise SolveError(
-            f"the merged factors do not fit into {dtype}.",
-            layer=str(stack.target),
+            f"the merged values do not fit into {dtype}.",
+            layer=layer,
             remedy="choose bfloat16 or float32 as the dtype.",
         )
-    return LoRALayer(down.contiguous(), up.contiguous(), None, stack.kernel)
+    return tensor
 
 
 def _pass_through(stack: LayerStack, dtype: torch.dtype) -> list[tuple[Target, LoRALayer]]:
-    """The file's own tensors, untouched; the strength goes into alpha."""
-    block = stack.blocks[0]
-    source = block.source
-    if source is not None:
-        alpha = source.scale * block.strength * source.rank
-        layer = LoRALayer(source.down.to(dtype), source.up.to(dtype), alpha, source.kernel)
-        return [(stack.target, layer)]
-    return [(stack.target, _finish(stack, _plain(block), dtype))]
-
-
-def _plain(block: Block) -> MergedFactors:
-    return MergedFactors(block.down, block.up)
+    """The file's own tensors on its own rows, untouched; the strength goes into alpha."""
+    block, whole = stack.blocks[0], stack.target
+    base = 0 if whole.out_slice is None else whole.out_slice[0]
+    layers = []
+    for start, source in block.parts:
+        rows = source.up.shape[0]
+        target = whole if rows == block.rows else Target(whole.module_path, (base + start, rows), whole.part)
+        down, up = _cast(source.down, dtype, str(target)), _cast(source.up, dtype, str(target))
+        layers.append((target, LoRALayer(down, up, source.scale * block.strength * source.rank, source.kernel)))
+    return layers
 
 
 def _sum_vectors(tasks: Sequence[Task], dtype: torch.dtype) -> dict[tuple[Target, str], Tensor]:
@@ -202,6 +205,6 @@ def _sum_vectors(tasks: Sequence[Task], dtype: torch.dtype) -> dict[tuple[Target
         for key, value in task.adapter.vectors.items():
             strength = task.strength(key[0].part)
             if strength:
-                scaled = value.to(torch.float32) * strength
+                scaled = value.to(torch.promote_types(value.dtype, torch.float32)) * strength
                 total[key] = total[key] + scaled if key in total else scaled
-    return {key: value.to(dtype) for key, value in total.items()}
+    return {key: _cast(value, dtype, f"{key[0]}.{key[1]}") for key, value in total.items()}

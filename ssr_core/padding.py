@@ -71,7 +71,8 @@ class RowWeights:
         assert self._weights is not None and self._rows is not None
         length = self._weights.shape[-1]
         if self._rows.everywhere:
-            return "text" if tuple(leading) == tuple(self._weights.shape) else None
+            fits = tuple(leading)[-self._weights.ndim :] == tuple(self._weights.shape)
+            return "text" if fits else None
         if len(leading) != 2 or leading[1] < length:
             return None
         if leading[1] == length:
@@ -82,8 +83,8 @@ class RowWeights:
 
     def _expand(self, pattern: str, leading: Sequence[int]) -> Tensor:
         assert self._weights is not None
-        if self._weights.ndim == 2:
-            return self._weights.reshape(-1)
+        if self._rows is not None and self._rows.everywhere:
+            return self._weights.expand(*leading).reshape(-1)
         rows = torch.ones(leading[1])
         length = self._weights.shape[0]
         if pattern == "last":

@@ -112,10 +112,10 @@ class _Reader:
             return {key: KeyRecord(key, "unsupported", entry.target, reason) for key in group}
         records: dict[str, KeyRecord] = {}
         if factors:
-            self._claim(entry.target, "weight", list(factors.values()))
             alpha = next((key for key, s in group.items() if s.role == "alpha"), None)
-            self.layers[entry.target] = self._layer(factors, alpha, entry)
             keys = [*factors.values(), *([alpha] if alpha else [])]
+            self._claim(entry.target, "weight", keys)
+            self.layers[entry.target] = self._layer(factors, alpha, entry)
             records.update({key: KeyRecord(key, "low_rank", entry.target) for key in keys})
         for key, spelled in group.items():
             if spelled.role in ("diff", "w_norm", "diff_b", "b_norm"):
@@ -182,12 +182,13 @@ class _Reader:
         if "mid" in factors:
             down = _fold_mid(down, self._value(factors["mid"]), self.name, factors["mid"])
         alpha = None if alpha_key is None else self._alpha(alpha_key)
-        up_shape, down_shape = tuple(up.shape), tuple(down.shape)
-        up, down = up.flatten(1) if up.ndim > 1 else up, down.flatten(1) if down.ndim > 1 else down
-        rank = down.shape[0]
-        if up.shape != (entry.out_features, rank) or down.shape != (rank, entry.in_features):
+        shapes = tuple(up.shape), tuple(down.shape)
+        if up.ndim > 1 and down.ndim > 1:
+            up, down = up.flatten(1), down.flatten(1)
+        rank = down.shape[0] if down.ndim else 0
+        if rank == 0 or up.shape != (entry.out_features, rank) or down.shape != (rank, entry.in_features):
             raise IncompatibleError(
-                f"up {up_shape} and down {down_shape} do not fit a weight with "
+                f"up {shapes[0]} and down {shapes[1]} do not fit a weight with "
                 f"{entry.out_features} rows and {entry.in_features} columns.",
                 file=self.name,
                 layer=str(entry.target),
@@ -210,6 +211,8 @@ class _Reader:
                 file=self.name,
                 layer=str(entry.target),
             )
+        if bias and entry.row_order is not None:
+            value = value[list(entry.row_order)]
         self._claim(entry.target, parameter, [key])
         self.vectors[(entry.target, parameter)] = value
         return KeyRecord(key, "vector", entry.target)
@@ -217,6 +220,7 @@ class _Reader:
 
 def _fold_mid(down: Tensor, mid: Tensor, name: str, key: str) -> Tensor:
     """Fold a Tucker core into `down`: (r, in, 1, 1) and (r, r, *kernel) -> (r, in, *kernel)."""
-    if mid.shape[1] != down.shape[0] or down.flatten(1).numel() != down.shape[0] * down.shape[1]:
+    pointwise = down.ndim >= 2 and down.numel() == down.shape[0] * down.shape[1]
+    if not pointwise or mid.ndim < 3 or tuple(mid.shape[:2]) != (down.shape[0], down.shape[0]):
         raise IncompatibleError(f"{key} {tuple(mid.shape)} does not fit its down {tuple(down.shape)}.", file=name)
     return torch.einsum("abk,bi->aik", mid.flatten(2), down.flatten(1)).reshape(*mid.shape[:1], -1, *mid.shape[2:])

@@ -37,6 +37,11 @@ class Task:
         """The LoRA's name."""
         return self.adapter.name
 
+    @property
+    def active(self) -> bool:
+        """Whether the LoRA acts on anything."""
+        return self.strength_model != 0 or self.strength_clip != 0
+
     def strength(self, part: Part) -> float:
         """Strength on one part of the model."""
         return self.strength_model if part == "model" else self.strength_clip
@@ -83,12 +88,6 @@ class Block:
             padded[start : start + layer.up.shape[0]] = layer.up.to(self.dtype) * (layer.scale * self.strength)
             ups.append(padded)
         return torch.cat(ups, dim=1)
-
-    @property
-    def source(self) -> LoRALayer | None:
-        """The file's layer, if this block is exactly that."""
-        layer = self.parts[0][1]
-        return layer if len(self.parts) == 1 and layer.up.shape[0] == self.rows else None
 
     @cached_property
     def coordinates(self) -> RowBasis:

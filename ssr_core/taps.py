@@ -87,8 +87,9 @@ class _ModuleTap:
                 self.prepare(x.device, x.dtype)
             assert self._basis is not None
             if self.kernel:
-                z = _convolve(module, x, self._basis, self.kernel, self.path)
-                tokens = z.flatten(2).transpose(1, 2).reshape(-1, z.shape[1])
+                batched = x if x.ndim == len(self.kernel) + 2 else x[None]
+                z = _convolve(module, batched, self._basis, self.kernel, self.path)
+                tokens = z.flatten(2).transpose(1, 2).flatten(0, 1)
                 leading: Sequence[int] = ()
             else:
                 if x.shape[-1] != self._basis.shape[1]:
@@ -96,7 +97,7 @@ class _ModuleTap:
                         f"the layer reads {x.shape[-1]} inputs, the LoRA {self._basis.shape[1]}.", layer=self.path
                     )
                 tokens = _project(x.reshape(-1, x.shape[-1]), self._basis)
-                z = tokens.reshape(*x.shape[:-1], -1)
+                z = tokens.reshape(*x.shape[:-1], tokens.shape[1])
                 leading = x.shape[:-1]
             weight = self.tap.weights(self.path, leading, x.device) if leading else None
             for slot in self.slots:
@@ -111,7 +112,8 @@ class _ModuleTap:
         for slot in self.slots:
             assert slot.up is not None and slot.active is not None
             if self.kernel:
-                _add_convolution(output, z[:, slot.active], slot.up, slot.stack.target.out_slice, self.path)
+                batched = output if output.ndim == len(self.kernel) + 2 else output[None]
+                _add_convolution(batched, z[:, slot.active], slot.up, slot.stack.target.out_slice, self.path)
             else:
                 _add_linear(output, z[..., slot.active], slot.up, slot.stack.target.out_slice)
         return output
@@ -221,6 +223,8 @@ def _convolve(module: nn.Module, x: Tensor, basis: Tensor, kernel: tuple[int, ..
     if getattr(conv, "groups", 1) != 1:
         raise CalibrationError("a grouped convolution cannot be routed.", layer=path)
     weight = basis.reshape(basis.shape[0], -1, *kernel)
+    if x.shape[1] != weight.shape[1]:
+        raise CalibrationError(f"the layer reads {x.shape[1]} channels, the LoRA {weight.shape[1]}.", layer=path)
     padding = conv.padding
     x = x.to(basis.dtype)
     if getattr(conv, "padding_mode", "zeros") != "zeros":

@@ -59,7 +59,7 @@ class GainsMerge:
 def _fixed(anchor: Anchor, stack: LayerStack, stats: GramStats | None, device: torch.device) -> MergedFactors:
     problem = canonical_problem(stack, stats, device)
     size = sum(problem.ranks)
-    if problem.grams is None or stats is None:
+    if problem.grams is None or stats is None or not stats.complete:
         grams = torch.zeros(len(problem.ranks), size, size, dtype=torch.float64, device=device)
     else:
         grams = pooled(problem.grams, stats.tokens.to(device), balanced=True)

@@ -42,7 +42,7 @@ class PaperMerge:
         up = torch.cat([block.up for block in stack.blocks], dim=1).to(device, torch.float64)
         mix = torch.block_diag(*(block.coordinates.mix for block in stack.blocks)).to(device)
         ranks = [block.rank for block in stack.blocks]
-        if stats is None or float(stats.tokens.sum()) == 0:
+        if stats is None or not stats.complete:
             return MergedFactors(down, up)
         count = stats.tokens.sum().to(device)
         grams = mix @ stats.gram.to(device, torch.float64) @ mix.T / count

@@ -79,7 +79,7 @@ class SSRMerge:
     def _terms(self, problem: CanonicalProblem, stats: GramStats | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Q, G, R0 and mu of one layer; a layer without data is its anchor."""
         size = sum(problem.ranks)
-        if problem.grams is None or stats is None:
+        if problem.grams is None or stats is None or not stats.complete:
             grams = torch.zeros(len(problem.ranks), size, size, dtype=torch.float64, device=problem.ups.device)
         else:
             grams = pooled(problem.grams, stats.tokens.to(problem.grams.device), self.balance)

@@ -1,0 +1,82 @@
+"""Mode ssr against a dense float64 least-squares solution on inputs recorded from ComfyUI's own loaders.
+
+LoRA k is applied alone by core's LoraLoaderModelOnly and sampled by core's SamplerCustomAdvanced, with
+the same noise, sigmas and conditioning; every layer's full input is recorded. From there on the
+reference shares nothing with the pack.
+"""
+
+import pytest
+
+from .merging import PAIRS, SEED, MergeGraph, averaged, pair, row_groups, summed
+from .reference import Recording, routed
+from .weights import assert_added, base_weights, dumped, relative_error
+
+RIDGE = 1e-3
+STEPS = {"flux-fused-split": 3}
+
+
+def record(server, family, task, steps, prefix):
+    """Sample with one LoRA alone, by core nodes, and keep what every layer saw."""
+    graph = MergeGraph(server)
+    model = graph.core_lora(graph.checkpoint(family), task.file.name, task.strength)
+    watched = graph.add("RecordInputs", model=model, prefix=prefix)
+    sampled = graph.add(
+        "SamplerCustomAdvanced",
+        noise=graph.add("RandomNoise", noise_seed=SEED),
+        guider=graph.add("BasicGuider", model=watched, conditioning=graph.conditioning(family, task.text_seed)),
+        sampler=graph.add("KSamplerSelect", sampler_name="euler"),
+        sigmas=graph.first_sigmas(model, steps),
+        latent_image=graph.latent(family),
+    )
+    graph.add("SaveLatent", samples=sampled, filename_prefix=f"host/{prefix}")
+    server.run(graph.prompt).ok()
+
+
+def expected_deltas(base, tasks, prefix, **options):
+    """The reference's merged delta of every weight."""
+    recordings = [Recording(base, f"{prefix}_{index}") for index in range(len(tasks))]
+    merged = {}
+    for name in {name for task in tasks for name in task.file.truth}:
+        owners = [index for index, task in enumerate(tasks) if name in task.file.truth]
+        parts = [tasks[index].file.truth[name] for index in owners]
+        deltas = [tasks[index].strength * part.delta.flatten(1) for index, part in zip(owners, parts, strict=True)]
+        inputs = [recordings[index].rows(name) for index in owners]
+        whole = deltas[0].new_zeros(deltas[0].shape)
+        for start, rows in row_groups(parts):
+            span = slice(start, start + rows)
+            here = [position for position, delta in enumerate(deltas) if bool(delta[span].any())]
+            if len(here) == 1:  # nothing to tell apart: the LoRA stays as it is
+                whole[span] = deltas[here[0]][span]
+            else:
+                whole[span] = routed([inputs[p] for p in here], [deltas[p][span] for p in here], RIDGE, **options)
+        merged[name] = whole.reshape(parts[0].delta.shape)
+    return merged
+
+
+def compare(server, base, case, **options):
+    """Run both sides; the reference's deltas."""
+    family, tasks = pair(base, case)
+    steps = STEPS.get(case, 1)
+    for index, task in enumerate(tasks):
+        record(server, family, task, steps, f"router_{case}_{index}")
+    graph = MergeGraph(server)
+    model = graph.checkpoint(family)
+    values = {"anchor": "sum"} | options
+    sigmas = graph.first_sigmas(model, steps)
+    graph.dump(graph.merge(family, tasks, model=model, sigmas=sigmas, ridge=RIDGE, **values), f"router_{case}")
+    server.run(graph.prompt).ok()
+    expected = expected_deltas(base, tasks, f"router_{case}", **options)
+    assert_added(dumped(base, f"router_{case}"), base_weights(base, family), expected, tolerance=1e-3)
+    return tasks, expected
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_router_equals_the_dense_reference(server, base, case):
+    tasks, expected = compare(server, base, case)
+    for trivial in (summed(tasks), averaged(tasks)):  # the comparison must be able to fail
+        assert sorted(relative_error(delta, trivial[name]) for name, delta in expected.items())[-5] > 0.2
+
+
+@pytest.mark.parametrize("options", [{"anchor": "average"}, {"anchor": "zero"}, {"balance": False}], ids=str)
+def test_anchor_and_balance_mean_what_they_say(server, base, options):
+    compare(server, base, "zimage-fused-split", **options)

@@ -1,0 +1,22 @@
+"""Test-only custom nodes: tiny models on disk, tiny text encoders, and probes that write what they see.
+
+The harness copies this folder into the custom_nodes of a temporary base directory. Importing it
+installs the detection override and writes the checkpoints, so that the real UNETLoader finds them.
+"""
+
+if __package__:
+    from comfy_api.latest import ComfyExtension, io
+
+    from . import detection, families
+    from .probes import PROBE_NODES
+    from .sources import SOURCE_NODES
+
+    detection.install()
+    families.write_missing()
+
+    class TinyExtension(ComfyExtension):
+        async def get_node_list(self) -> list[type[io.ComfyNode]]:
+            return [*SOURCE_NODES, *PROBE_NODES]
+
+    async def comfy_entrypoint() -> ComfyExtension:
+        return TinyExtension()
