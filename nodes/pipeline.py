@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +38,11 @@ from .options import CalibrationOptions, SolveOptions
 
 CALIBRATION_SHARE = 0.9
 """Of the progress bar of a whole merge."""
+
+OTHER_MODEL = (
+    "The calibration was made on another model (or this one with other LoRAs or weights): its statistics are an "
+    "approximation here; calibrate again for the exact ones."
+)
 
 
 class CalibrationSocket(NamedTuple):
@@ -265,15 +270,13 @@ def solve(
     new_clip = host.apply(clip, "clip", result) if clip is not None else None
     if options.unsupported == "pass_through":
         new_model, new_clip = _pass_through(loaded, new_model, new_clip, unet, text)
-    extra = {"dtype": options.dtype, "calibrated_on_this_model": _same_model(calibration, model)}
+    same_model = calibration is None or calibration.model == host.model_identity(model)
+    extra = {"dtype": options.dtype, "calibrated_on_this_model": same_model}
     origin = MergeOrigin(
         result, loaded.key_map, {**unet, **text}, merge_metadata(loaded.tasks, method, calibration, extra)
     )
-    return Merged(new_model, new_clip, MergedLoRA(to_tensors(result, loaded.key_map), origin), result.report)
-
-
-def _same_model(calibration: Calibration | None, model: Any) -> bool:
-    return calibration is None or calibration.model == host.model_identity(model)
+    report = result.report if same_model else replace(result.report, notes=(*result.report.notes, OTHER_MODEL))
+    return Merged(new_model, new_clip, MergedLoRA(to_tensors(result, loaded.key_map), origin), report)
 
 
 def _pass_through(loaded: Loaded, model: Any, clip: Any | None, unet: Any, text: Any) -> tuple[Any, Any | None]:

@@ -30,7 +30,7 @@ SHAPES = {
     TE: (8, IN),
 }
 ROWS = {target.module_path: shape[0] for target, shape in SHAPES.items()}
-ORDER = (4, 5, 6, 7, 0, 1, 2, 3)
+ORDER = (6, 7, 0, 1, 2, 3, 4, 5)  # not its own inverse
 Q, K, V = (Target("blk.qkv", (4 * i, 4)) for i in range(3))
 
 
@@ -67,6 +67,7 @@ def whole_result(dtype=F64, alpha=3.0):
         (NORM, "weight"): randn(1, 5, dtype=dtype),
         (NORM, "bias"): randn(2, 5, dtype=dtype),
         (FC, "bias"): randn(3, 8, dtype=dtype),
+        (MOD, "bias"): randn(4, 8, dtype=dtype),
     }
     return merge([task("a", layers, vectors=vectors, strength=0.5, clip=0.5)], SumMerge())
 
