@@ -116,7 +116,7 @@ def _stack(
     members = tuple(int(task) for task in stack["tasks"])
     packed = tensors[f"{index}.gram"]
     size = sum(ranks)
-    if len(members) != len(ranks) or any(not 0 <= m < tasks for m in members) or min(ranks) < 1:
+    if len(members) != len(ranks) or any(not 0 <= m < tasks for m in members) or not ranks or min(ranks) < 0:
         raise ValueError(f"layer {target}")
     if packed.shape != (len(ranks), size * (size + 1) // 2) or packed.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"Grams of {target} have the shape {tuple(packed.shape)}")

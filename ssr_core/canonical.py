@@ -17,12 +17,16 @@ NULL_TOLERANCE = 1e-6
 """Directions of a delta below this share of its largest singular value count as absent."""
 
 
+DEPENDENT_TOLERANCE = 1e-10
+"""A row of `down` whose new part is below this share of the largest row depends on the rows before it."""
+
+
 class RowBasis(NamedTuple):
     """`down = mix @ basis`.
 
     Attributes:
-        basis: (r', in) with orthonormal rows, float64, r' = min(r, in).
-        mix: (r, r'), lower triangular with a non-negative diagonal, float64.
+        basis: (r', in) with orthonormal rows, float64, r' the rank of `down`.
+        mix: (r, r'), float64; lower triangular with a positive diagonal where `down` has full rank.
     """
 
     basis: Tensor
@@ -30,10 +34,25 @@ class RowBasis(NamedTuple):
 
 
 def row_basis(down: Tensor) -> RowBasis:
-    """Orthonormal coordinates of the row space of `down` (r, in)."""
-    q, r = torch.linalg.qr(down.to(torch.float64).T)
+    """Orthonormal coordinates of the row space of `down` (r, in).
+
+    Rows that depend on earlier ones get no coordinate of their own: QR would fill it with rounding
+    noise, and statistics kept in it would mean nothing on another machine.
+    """
+    down = down.to(torch.float64)
+    largest = max(down.norm(dim=1).tolist())
+    rows = torch.arange(down.shape[0])
+    while True:
+        q, r = torch.linalg.qr(down[rows].T)
+        dependent = r.diagonal().abs() <= DEPENDENT_TOLERANCE * largest
+        if not bool(dependent.any()):
+            break
+        keep = torch.ones(len(rows), dtype=torch.bool)
+        keep[: len(dependent)] = ~dependent.cpu()
+        rows = rows[keep]
     sign = torch.where(r.diagonal() < 0, -1.0, 1.0).to(r)
-    return RowBasis((q * sign).T.contiguous(), (r * sign[:, None]).T.contiguous())
+    basis = (q * sign).T.contiguous()
+    return RowBasis(basis, (r * sign[:, None]).T.contiguous() if len(rows) == down.shape[0] else down @ basis.T)
 
 
 def effective_directions(up: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def _writable(
     for target, layer in layers:
         tiles = _tiles(target, named, shape[0], style)
         if not tiles:
-            whole = next((entry for _, entry in named if entry.target.out_slice is None), None)
+            whole = next((entry for _, entry in named if _is_plain(entry)), None)
             if whole is None:
                 raise IncompatibleError(
                     f"this model family has no {style} name for the layer.",
@@ -116,6 +116,11 @@ def _writable(
                 up = up[order]
             pieces.append((tile, LoRALayer(layer.down, up, layer.alpha, layer.kernel)))
     return pieces
+
+
+def _is_plain(entry: KeyTarget) -> bool:
+    """A name of all rows of a module, in their own order."""
+    return entry.target.out_slice is None and entry.row_order is None
 
 
 def _tiles(target: Target, named: list[_Named], out: int, style: KeyStyle) -> list[KeyTarget]:
@@ -178,15 +183,13 @@ def _vector(
     key_map: KeyMap,
     style: KeyStyle,
 ) -> dict[str, Tensor]:
-    if parameter in ("weight", "bias"):
-        named = names.get((target.part, target.module_path)) or [
-            (name, e) for name, e in key_map.items() if e.target == target and e.parameter == "weight"
-        ]
-        suffix = ".diff" if parameter == "weight" else ".diff_b"
-    else:
-        named = [(name, e) for name, e in key_map.items() if e.target == target and e.parameter == parameter]
-        suffix = ".diff"
-    whole = [name for name, entry in named if entry.target.out_slice is None]
+    """A bias or norm under a plain name: ComfyUI does not load biases under names of rows or reordered rows."""
+    owner = "weight" if parameter == "bias" else parameter
+    suffix = ".diff_b" if parameter == "bias" else ".diff"
+    anywhere = [(name, e) for name, e in key_map.items() if e.target == target and e.parameter == owner]
+    anywhere.sort(key=lambda named: not named[0].startswith(_PREFIXES["comfy"]))
+    styled = names.get((target.part, target.module_path), []) if owner == "weight" else []
+    whole = [name for name, entry in [*styled, *anywhere] if _is_plain(entry)]
     if not whole:
         raise IncompatibleError(
             f"this model family has no {style} name for the {parameter}.",

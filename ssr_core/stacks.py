@@ -135,7 +135,7 @@ class LayerStack:
     @property
     def basis_ranks(self) -> tuple[int, ...]:
         """Rows of `basis` that belong to each block."""
-        return tuple(min(block.rank, self.in_features) for block in self.blocks)
+        return tuple(block.coordinates.basis.shape[0] for block in self.blocks)
 
     @property
     def in_features(self) -> int:

@@ -191,7 +191,7 @@ def _add_linear(output: Tensor, z: Tensor, up: Tensor, rows: tuple[int, int] | N
     part = output if rows is None else output.narrow(-1, *rows)
     if flat is not None and output.dtype == up.dtype:
         flat = flat if rows is None else flat.narrow(1, *rows)
-        flat.addmm_(z.reshape(-1, z.shape[-1]), up.T)
+        flat.addmm_(z.reshape(flat.shape[0], z.shape[-1]), up.T)
     else:
         part.add_(functional.linear(z, up).to(output.dtype))
 

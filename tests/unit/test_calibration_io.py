@@ -126,7 +126,7 @@ HEADER_DAMAGE = {
     "negative task": lambda h: h["stacks"][0].update(tasks=[0, 1, -1]),
     "too few tasks": lambda h: h["stacks"][0].update(tasks=[0, 1]),
     "ranks do not fit": lambda h: h["stacks"][0].update(ranks=[2, 3, 2]),
-    "rank zero": lambda h: h["stacks"][0].update(ranks=[2, 4, 0]),
+    "negative rank": lambda h: h["stacks"][0].update(ranks=[3, 4, -1]),
     "no ranks": lambda h: h["stacks"][0].update(ranks=[], tasks=[]),
     "infinite rank": lambda h: h["stacks"][0].update(ranks=[2, 3, math.inf]),
     "part": lambda h: h["stacks"][0].update(part="vae"),
