@@ -96,7 +96,11 @@ def conditioning_hash(conditioning: Sequence[Any]) -> str:
             for index, item in enumerate(value):
                 collect(f"{name}.{index}", item)
         elif isinstance(value, int | float):
-            tensors[name] = torch.tensor(float(value))
+            tensors[name] = torch.tensor(float(value), dtype=torch.float64)
+        elif isinstance(value, str):
+            tensors[name + "=" + value] = torch.zeros(1)
+        elif value is not None:  # a control net, hooks: known by their kind only
+            tensors[f"{name}:{type(value).__name__}"] = torch.zeros(1)
 
     collect("", conditioning)
     return tensors_hash(tensors)
@@ -124,9 +128,9 @@ def entry_from_tensors(
 ) -> LoRAEntry:
     """An entry for core's LORA_MODEL."""
     sha256 = tensors_hash(tensors)
-    return LoRAEntry(
-        f"LORA_MODEL {sha256[:8]}", sha256, strength_model, strength_clip, prompts, conditioning, tensors=dict(tensors)
-    )
+    on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}  # a trainer leaves them on its device
+    name = f"LORA_MODEL {sha256[:8]}"
+    return LoRAEntry(name, sha256, strength_model, strength_clip, prompts, conditioning, tensors=on_cpu)
 
 
 def entries_from_stack(stack: Sequence[Any], prompts: str) -> LoRAEntries:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import comfy.lora
 import comfy.lora_convert
 import comfy.model_management
+import comfy.ops
 import comfy.patcher_extension
 import comfy.sample
 import comfy.samplers
@@ -24,26 +23,15 @@ from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor
 
 from ..ssr_core import FileError, IncompatibleError, KeyTarget, LoRALayer, MergeResult, Part, Tap, Target, TextRows
-
-log = logging.getLogger(__name__)
+from .model_info import key_target, root_of, weight_shapes
+from .sampling import evaluate
 
 CoreKeyMap = Mapping[str, Any]
 """Base name in a LoRA file -> key as ComfyUI's `add_patches` takes it (a string or a tuple)."""
 
-TEXT_FIRST = {"Flux", "Flux2", "Chroma", "LongCatImage", "Lumina2", "ZImage", "HunyuanVideo", "HunyuanImage21"}
-"""Model classes whose joint layers read the text tokens before the image tokens."""
+CALIBRATION_FOLDER, CALIBRATION_SUFFIX = "calibrations", ".calibration.safetensors"
 
 SCHEDULERS: list[str] = list(comfy.samplers.SCHEDULER_NAMES)
-
-
-def root_of(part: Part, owner: Any) -> torch.nn.Module:
-    """The module that targets of this part are relative to."""
-    module: torch.nn.Module = owner.model if part == "model" else owner.cond_stage_model
-    return module
-
-
-def _weight_shapes(owner: Any) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in owner.state_dict().items()}
 
 
 def core_key_map(model: Any | None, clip: Any | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -61,33 +49,12 @@ def key_map(model: Any | None, clip: Any | None) -> dict[str, KeyTarget]:
     for part, names, owner in parts:
         if owner is None:
             continue
-        shapes = _weight_shapes(root_of(part, owner))
+        shapes = weight_shapes(root_of(part, owner))
         for name, key in names.items():
-            entry = _key_target(part, key, shapes)
+            entry = key_target(part, key, shapes)
             if entry is not None:
                 entries[name] = entry
     return entries
-
-
-def _key_target(part: Part, key: Any, shapes: Mapping[str, tuple[int, ...]]) -> KeyTarget | None:
-    parameter, offset, function = (key, None, None) if isinstance(key, str) else (*key, None)[:3]
-    shape = shapes.get(parameter)
-    if shape is None:
-        return None
-    module_path, _, name = parameter.rpartition(".")
-    rows = None
-    if offset is not None:
-        dim, start, length = offset
-        if dim != 0 or start + length > shape[0]:
-            # The host's table does not fit this model (grouped-query Lumina2); its own loader would fail later.
-            log.warning("SSR-Merge: rows %s of %s do not exist; the name is ignored.", offset, parameter)
-            return None
-        rows = (start, length)
-    order = None
-    if function is not None:
-        count = shape[0] if rows is None else rows[1]
-        order = tuple(int(i) for i in function(torch.arange(count, dtype=torch.float32)[:, None])[:, 0])
-    return KeyTarget(Target(module_path, rows, part), shape, order, name)
 
 
 def lora_files() -> list[str]:
@@ -112,31 +79,40 @@ def convert_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(comfy.lora_convert.convert_lora(tensors))
 
 
-def output_path(prefix: str, suffix: str) -> Path:
+def output_path(prefix: str, suffix: str, folder: str = "") -> Path:
     """A new file below the output folder, numbered like ComfyUI's own files.
 
+    Args:
+        prefix: What the user typed: a name, possibly with folders.
+        suffix: End of the file name.
+        folder: Folder of the output folder that it is confined to.
+
     Raises:
-        FileError: The prefix leads outside the output folder.
+        FileError: The prefix leads outside.
     """
-    root = Path(folder_paths.get_output_directory()).resolve()
+    root = (Path(folder_paths.get_output_directory()) / folder).resolve()
     cleaned = prefix.replace("\\", "/").strip()
     if not cleaned or cleaned.endswith("/") or not (root / cleaned).resolve().is_relative_to(root):
         raise FileError(
             "the name leads outside the output folder.", file=prefix, remedy="use a name like loras/merged."
         )
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(cleaned, str(root))
-    return Path(folder) / f"{name}_{counter:05}_{suffix}"
+    directory, name, counter, _, _ = folder_paths.get_save_image_path(cleaned, str(root))
+    return Path(directory) / f"{name}_{counter:05}_{suffix}"
+
+
+def _calibration_root() -> Path:
+    return Path(folder_paths.get_output_directory(), CALIBRATION_FOLDER).resolve()
 
 
 def calibration_files() -> list[str]:
-    """Saved calibrations below the output folder, newest name last."""
-    root = Path(folder_paths.get_output_directory())
-    return sorted(str(path.relative_to(root).as_posix()) for path in root.rglob("*.calibration.safetensors"))
+    """Saved calibrations, by name below their folder."""
+    root = _calibration_root()
+    return sorted(str(path.relative_to(root).as_posix()) for path in root.rglob(f"*{CALIBRATION_SUFFIX}"))
 
 
 def calibration_path(name: str) -> Path:
-    """Full path of a listed calibration; confined to the output folder."""
-    root = Path(folder_paths.get_output_directory()).resolve()
+    """Full path of a listed calibration; confined to its folder."""
+    root = _calibration_root()
     path = (root / name).resolve()
     if not path.is_relative_to(root):
         raise FileError("the name leads outside the output folder.", file=name)
@@ -156,29 +132,12 @@ def activation_dtype(owner: Any) -> torch.dtype:
 
 
 def memory_budgets(device: torch.device, limit_gb: float) -> tuple[int, int]:
-    """Bytes for statistics on the device and in main memory; 0 GB means half of what is free."""
+    """Bytes for statistics on the device and in main memory; 0 GB: half of the device, half of the free memory."""
     if limit_gb > 0:
         return int(limit_gb * 2**30), int(limit_gb * 2**30)
     free = comfy.model_management.get_total_memory(device) if device.type != "cpu" else 0
     host = int(comfy.model_management.get_free_memory(torch.device("cpu")) / 2)
     return (int(free / 2) if free else host), host
-
-
-def model_identity(model: Any) -> str:
-    """Hash of what distinguishes one loaded model from another: class, shapes, some weights, patches."""
-    digest = hashlib.sha256(type(model.model).__name__.encode())
-    shapes = _weight_shapes(model.model)
-    for key in sorted(shapes):
-        digest.update(f"{key}{shapes[key]}".encode())
-    matrices = [key for key in sorted(shapes) if len(shapes[key]) > 1]
-    for key in matrices[:: max(1, len(matrices) // 8)]:
-        backup = model.backup.get(key)
-        weight = comfy.utils.get_attr(model.model, key) if backup is None else backup.weight
-        if type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.device.type != "meta":
-            digest.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    for key in sorted(model.patches):
-        digest.update(f"{key}{[(patch[0], type(patch[1]).__name__) for patch in model.patches[key]]}".encode())
-    return digest.hexdigest()
 
 
 def empty_latent(model: Any, width: int, height: int, frames: int) -> Tensor:
@@ -256,13 +215,13 @@ def run_calibration_pass(
 ) -> None:
     """Evaluate the model once at each sigma, positive prompt only, with the tap's hooks attached."""
     clone = model.clone()
-    # Hooks do not reach into a graph that is compiled already, nor onto other GPUs' copies.
-    clone.remove_wrappers_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, "torch.compile")
-    clone.remove_additional_models("multigpu")
+    clone.remove_additional_models("multigpu")  # hooks do not reach onto other GPUs' copies
+    for kind, key in _STRIPPED_WRAPPERS:
+        clone.remove_wrappers_with_key(kind, key)
 
     def attach(executor: Any, *args: Any, **kwargs: Any) -> Any:
         # The guider may have swapped in another patcher; hook the module that will really run.
-        with tap.attached(executor.class_obj.model_patcher.model):
+        with tap.attached(executor.class_obj.model_patcher.model), _layers_called_as_modules():
             return executor(*args, **kwargs)
 
     clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "ssr_merge", attach)
@@ -271,7 +230,7 @@ def run_calibration_pass(
     guider.sample(
         noise,
         latent,
-        comfy.samplers.KSAMPLER(_evaluate),
+        comfy.samplers.KSAMPLER(evaluate),
         sigmas,
         callback=lambda step, x0, x, total: on_step(step, x0),
         disable_pbar=True,
@@ -279,25 +238,26 @@ def run_calibration_pass(
     )
 
 
-def _evaluate(
-    model: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, callback: Any = None, disable: Any = None
-) -> Tensor:
-    """Euler steps of our own: exactly one model call a sigma, whatever samplers the user has."""
-    ones = x.new_ones([x.shape[0]])
-    denoised = x
-    last = len(sigmas) - 2
-    for i in range(last + 1):
-        denoised = model(x, sigmas[i] * ones, **(extra_args or {}))
-        if callback is not None:
-            callback({"i": i, "x": x, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
-        if i < last:
-            x = x + (x - denoised) / sigmas[i] * (sigmas[i + 1] - sigmas[i])
-    return denoised
+_Wrappers = comfy.patcher_extension.WrappersMP
+_STRIPPED_WRAPPERS = (
+    (_Wrappers.APPLY_MODEL, "torch.compile"),  # hooks do not reach into a graph that is compiled already
+    *((kind, "easycache") for kind in (_Wrappers.OUTER_SAMPLE, _Wrappers.CALC_COND_BATCH, _Wrappers.DIFFUSION_MODEL)),
+    *((kind, "lazycache") for kind in (_Wrappers.OUTER_SAMPLE, _Wrappers.PREDICT_NOISE)),  # they skip steps
+)
 
 
-def joint_text(model: Any) -> str:
-    """Where the text stands in layers that read text and image together."""
-    return "first" if type(model.model).__name__ in TEXT_FIRST else "unknown"
+@contextmanager
+def _layers_called_as_modules() -> Iterator[None]:
+    """INT8 models hand some layers' weights to a fused kernel; for the block they are called, so that hooks fire."""
+    original = getattr(comfy.ops, "linear_input_act", None)
+    if original is None:  # ComfyUI before 0.27
+        yield
+        return
+    comfy.ops.linear_input_act = lambda linear, x, act: linear(comfy.ops.INPUT_ACT_EAGER[act](x))
+    try:
+        yield
+    finally:
+        comfy.ops.linear_input_act = original
 
 
 class Progress:
@@ -318,6 +278,11 @@ class Progress:
     def reached(self) -> float:
         """Share of the bar that is filled."""
         return self._begin + (self._end - self._begin) * min(1.0, self._done / self._units)
+
+    def at(self, share: float) -> None:
+        """Fill the bar up to a share of 1."""
+        self.stage(share, 1.0, 1)
+        self.step(0)
 
     def step(self, count: int = 1, x0: Tensor | None = None) -> None:
         """Advance by `count` units, showing `x0` if previews are on."""
@@ -377,11 +342,43 @@ def _host_adapter(layer: LoRALayer) -> LoRAAdapter:
 def apply_host_patches(
     owner: Any, tensors: Mapping[str, Tensor], names: Iterable[str], strength: float, core: CoreKeyMap
 ) -> Any:
-    """A clone with some keys of a LoRA file as the host's own patches (DoRA, LoHa and the like)."""
-    chosen = {name: tensors[name] for name in names}
+    """A clone with some keys of a LoRA file as the host's own patches (DoRA, LoHa and the like).
+
+    Raises:
+        IncompatibleError: The host itself cannot apply one of the keys.
+    """
+    chosen = {name.removeprefix("base_model.model."): tensors[name] for name in names}
+    try:
+        patches = comfy.lora.load_lora(chosen, dict(core), log_missing=False)
+    except KeyError as err:
+        raise IncompatibleError(
+            f"{err.args[0]} is missing beside its partner.", remedy="export the LoRA again, or leave it out."
+        ) from err
     clone = owner.clone()
-    clone.add_patches(comfy.lora.load_lora(chosen, dict(core), log_missing=False), strength)
+    taken = set(clone.add_patches(patches, strength))
+    lost = _unused(chosen, patches) + [str(key) for key in patches if key not in taken]
+    if lost:
+        raise IncompatibleError(
+            f"ComfyUI itself cannot apply {lost[0]}.", remedy="leave this LoRA out, or remove these keys from it."
+        )
     return clone
+
+
+def with_vectors(owner: Any, vectors: Mapping[tuple[Target, str], Tensor], strength: float) -> Any:
+    """A clone with changes of biases and norms as weight patches."""
+    clone = owner.clone()
+    clone.add_patches({_patch_key(*key): ("diff", (value,)) for key, value in vectors.items()}, strength)
+    return clone
+
+
+def _unused(tensors: Mapping[str, Tensor], patches: Mapping[Any, Any]) -> list[str]:
+    """Keys of a file that no patch was made from."""
+    used = {name for patch in patches.values() for name in getattr(patch, "loaded_keys", ())}
+    plain = (".diff", ".diff_b", ".w_norm", ".b_norm", ".set_weight")
+    count = sum(isinstance(patch, tuple) for patch in patches.values())
+    vectors = [name for name in tensors if name.endswith(plain) and name not in used]
+    lost = [name for name in tensors if name not in used and name not in vectors]
+    return lost + vectors[count:]
 
 
 def reload_patches(path: Path, core: CoreKeyMap) -> tuple[dict[Any, Any], list[str]]:
@@ -393,6 +390,4 @@ def reload_patches(path: Path, core: CoreKeyMap) -> tuple[dict[Any, Any], list[s
     tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
     converted = comfy.lora_convert.convert_lora(tensors)
     patches = comfy.lora.load_lora(converted, dict(core), log_missing=False)
-    used = {name for patch in patches.values() for name in getattr(patch, "loaded_keys", ())}
-    used |= {name for name in converted if name.endswith((".diff", ".diff_b"))}
-    return patches, [name for name in converted if name not in used]
+    return patches, _unused(converted, patches)

@@ -103,6 +103,11 @@ class SSRLoRA(io.ComfyNode):
         if lora_model is not None and lora_stack is not None:
             raise IncompatibleError("both a LORA_MODEL and a stack are connected.", remedy="disconnect one of them.")
         lines = prompt_lines(prompts)
+        if lora_stack is not None and conditioning is not None:
+            raise IncompatibleError(
+                "a CONDITIONING cannot be shared by the LoRAs of a stack.",
+                remedy="write one prompt line for each LoRA of the stack, or use one SSR LoRA for each.",
+            )
         if lora_stack is not None:
             return io.NodeOutput((*before, *entries_from_stack(lora_stack, prompts)))
         if lora_model is not None:

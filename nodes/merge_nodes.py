@@ -6,8 +6,10 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from . import host, pipeline
+from ..ssr_core import check_unsupported
+from . import host, passes, pipeline
 from .entries import LoRAEntries, flatten, parse_strengths
+from .loading import load
 from .options import (
     CATEGORY,
     LORA_MODEL,
@@ -68,10 +70,11 @@ class SSRMergeNode(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, loras: dict[str, LoRAEntries], clip: Any = None, **values: Any) -> io.NodeOutput:
         """Calibrate, solve, apply."""
-        loaded = pipeline.load(flatten(loras), model, clip)
+        loaded = load(flatten(loras), model, clip)
         progress = host.Progress(model)
         options = solve_options(values)
-        calibration = pipeline.calibrate(loaded, model, clip, calibration_options(values), progress)
+        check_unsupported(loaded.tasks, options.unsupported)
+        calibration = passes.calibrate(loaded, model, clip, calibration_options(values), progress)
         merged = pipeline.solve(loaded, model, clip, calibration, options, progress)
         text = merged.report.to_markdown()
         socket = pipeline.socket_of(calibration, loaded.entries)
@@ -107,8 +110,8 @@ class SSRCalibrate(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, loras: dict[str, LoRAEntries], clip: Any = None, **values: Any) -> io.NodeOutput:
         """Run the passes."""
-        loaded = pipeline.load(flatten(loras), model, clip)
-        calibration = pipeline.calibrate(loaded, model, clip, calibration_options(values), host.Progress(model))
+        loaded = load(flatten(loras), model, clip)
+        calibration = passes.calibrate(loaded, model, clip, calibration_options(values), host.Progress(model))
         socket = pipeline.socket_of(calibration, loaded.entries)
         text = pipeline.calibration_report(socket)
         return io.NodeOutput(socket, text, ui=ui.PreviewText(text))
@@ -159,7 +162,7 @@ class SSRSolve(io.ComfyNode):
     ) -> io.NodeOutput:
         """Solve and apply."""
         entries = parse_strengths(strengths, pipeline.entries_of(calibration, flatten(loras)))
-        loaded = pipeline.load(entries, model, clip)
+        loaded = load(entries, model, clip)
         merged = pipeline.solve(
             loaded, model, clip, calibration.calibration, solve_options(values), host.Progress(model)
         )

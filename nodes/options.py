@@ -55,8 +55,12 @@ class CalibrationOptions:
     def sigmas_for(self, model: Any) -> Tensor:
         """The connected SIGMAS, or those of a short schedule; the last one is not evaluated."""
         sigmas = self.sigmas if self.sigmas is not None else host.step_sigmas(model, self.scheduler, self.steps)
-        if len(sigmas) < 2:
-            raise IncompatibleError("SIGMAS holds fewer than two values.", remedy="use at least one step.")
+        falling = bool(torch.isfinite(sigmas).all() and (sigmas[:-1] > 0).all() and (sigmas.diff() < 0).all())
+        if len(sigmas) < 2 or not falling:
+            raise IncompatibleError(
+                f"SIGMAS has to fall from step to step and only end in 0; it is {sigmas.tolist()[:8]}.",
+                remedy="connect a scheduler node, or disconnect sigmas.",
+            )
         return sigmas
 
     def settings(self) -> dict[str, object]:

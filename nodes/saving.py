@@ -13,7 +13,7 @@ from ..ssr_core import FileError, IncompatibleError, KeyStyle, MergeResult, atom
 from . import host
 from .pipeline import MergedLoRA, MergeOrigin
 
-TOLERANCE = 8
+TOLERANCE = 2
 """Allowed difference between file and live merge, in roundings of the file's dtype."""
 
 
@@ -64,22 +64,25 @@ def _verify(temporary: Path, path: Path, origin: MergeOrigin) -> None:
             raise FileError("the file does not give the live merge; nothing was saved.", file=path.name, layer=name)
 
 
-def _probe(name: str, width: int) -> Tensor:
-    """A fixed random input for one layer, float64."""
+def _probe(width: int) -> Tensor:
+    """A fixed random input, float64."""
     return torch.randn(width, generator=torch.Generator().manual_seed(width), dtype=torch.float64)
 
 
+def _row_counts(origin: MergeOrigin) -> dict[str, int]:
+    weights = (entry for entry in origin.key_map.values() if entry.parameter == "weight")
+    return {f"{entry.target.module_path}.weight": entry.weight_shape[0] for entry in weights}
+
+
 def _expected_outputs(origin: MergeOrigin) -> dict[str, Tensor]:
-    rows = {
-        f"{e.target.module_path}.weight": e.weight_shape[0] for e in origin.key_map.values() if e.parameter == "weight"
-    }
+    rows = _row_counts(origin)
     outputs: dict[str, Tensor] = {}
     result: MergeResult = origin.result
     for target, layer in result.layers.items():
         name = f"{target.module_path}.weight"
         out = outputs.setdefault(name, torch.zeros(rows[name], dtype=torch.float64))
         start = 0 if target.out_slice is None else target.out_slice[0]
-        change = layer.up.double() @ (layer.down.double() @ _probe(name, layer.down.shape[1])) * layer.scale
+        change = layer.up.double() @ (layer.down.double() @ _probe(layer.down.shape[1])) * layer.scale
         out[start : start + change.shape[0]] += change
     for (target, parameter), value in result.vectors.items():
         outputs[f"{target.module_path}.{parameter}"] = value.double().flatten()
@@ -87,9 +90,7 @@ def _expected_outputs(origin: MergeOrigin) -> dict[str, Tensor]:
 
 
 def _loaded_outputs(patches: Mapping[Any, Any], origin: MergeOrigin) -> dict[str, Tensor]:
-    rows = {
-        f"{e.target.module_path}.weight": e.weight_shape[0] for e in origin.key_map.values() if e.parameter == "weight"
-    }
+    rows = _row_counts(origin)
     outputs: dict[str, Tensor] = {}
     for key, patch in patches.items():
         name, offset, function = (key, None, None) if isinstance(key, str) else (*key, None)[:3]
@@ -97,7 +98,7 @@ def _loaded_outputs(patches: Mapping[Any, Any], origin: MergeOrigin) -> dict[str
             outputs[name] = patch[1][0].double().flatten()
             continue
         up, down, alpha = patch.weights[0].double().flatten(1), patch.weights[1].double().flatten(1), patch.weights[2]
-        change = up @ (down @ _probe(name, down.shape[1])) * (1.0 if alpha is None else alpha / down.shape[0])
+        change = up @ (down @ _probe(down.shape[1])) * (1.0 if alpha is None else alpha / down.shape[0])
         if function is not None:
             change = function(change[:, None])[:, 0]
         out = outputs.setdefault(name, torch.zeros(rows[name], dtype=torch.float64))

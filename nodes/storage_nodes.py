@@ -31,8 +31,8 @@ class SSRSaveCalibration(io.ComfyNode):
                 SSR_CALIBRATION.Input("calibration", tooltip="From SSR Calibrate or SSR Merge."),
                 io.String.Input(
                     "filename_prefix",
-                    default="calibrations/ssr",
-                    tooltip="Name below the output folder; a number is added, nothing is overwritten.",
+                    default="ssr",
+                    tooltip="Name below output/calibrations; a number is added, nothing is overwritten.",
                 ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="Where the file is.")],
@@ -41,7 +41,7 @@ class SSRSaveCalibration(io.ComfyNode):
     @classmethod
     def execute(cls, calibration: pipeline.CalibrationSocket, filename_prefix: str) -> io.NodeOutput:
         """Write the file."""
-        path = host.output_path(filename_prefix, ".calibration.safetensors")
+        path = host.output_path(filename_prefix, host.CALIBRATION_SUFFIX, host.CALIBRATION_FOLDER)
         save_calibration(calibration.calibration, path)
         return io.NodeOutput(str(path), ui=ui.PreviewText(str(path)))
 

@@ -9,11 +9,9 @@ from .advice import prompt_warnings
 from .calibration import (
     Calibration,
     Calibrator,
-    MemoryNeed,
     TaskRecord,
+    assemble,
     calibrate,
-    check_memory,
-    memory_need,
     records_of,
 )
 from .calibration_io import load_calibration, save_calibration
@@ -28,7 +26,8 @@ from .errors import (
 )
 from .files import atomic_path, content_hash, read_safetensors, tensors_hash, write_safetensors
 from .gram import GramStats
-from .merge import MergeResult, describe, merge
+from .memory import MemoryNeed, check_memory, memory_need
+from .merge import MergeResult, check_unsupported, describe, merge
 from .metadata import merge_metadata
 from .methods import METHODS, AverageMerge, GainsMerge, MergeMethod, PaperMerge, SSRMerge, SumMerge
 from .padding import PaddingMode, TextRows
@@ -80,10 +79,12 @@ __all__ = [
     "TaskRecord",
     "TextRows",
     "VERSION",
+    "assemble",
     "atomic_path",
     "build_stacks",
     "calibrate",
     "check_memory",
+    "check_unsupported",
     "content_hash",
     "describe",
     "load_calibration",

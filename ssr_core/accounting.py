@@ -69,6 +69,8 @@ def account(index: int, task: Task, reports: Sequence[LayerReport], passed_throu
         fate: KeyFate
         if record.status == "unmatched" or record.target is None:
             fate = "unmatched"
+        elif record.status == "shadowed":
+            fate = "shadowed"
         elif task.strength(record.target.part) == 0:
             fate = "strength_0"
         elif record.status == "unsupported":

@@ -12,7 +12,7 @@ from torch import Tensor
 from .errors import IncompatibleError
 from .targets import Target
 
-KeyStatus = Literal["low_rank", "vector", "unsupported", "unmatched"]
+KeyStatus = Literal["low_rank", "vector", "unsupported", "shadowed", "unmatched"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class KeyRecord:
         key: The key as the file spells it.
         status: What reading made of it.
         target: The target it belongs to, where it has one.
-        reason: Why it is unsupported or unmatched; empty otherwise.
+        reason: Why it is unsupported, shadowed or unmatched; empty otherwise.
     """
 
     key: str

@@ -18,6 +18,10 @@ SAME_SIGNAL = 1e-3
 """Median separability below which two tasks count as indistinguishable."""
 
 
+Separabilities = dict[tuple[int, int], list[float]]
+"""For each pair of tasks its separability on each layer."""
+
+
 def prompt_warnings(names: Sequence[str], prompts: Sequence[Sequence[str]]) -> list[str]:
     """Warn about prompts from which a router can learn nothing.
 
@@ -44,8 +48,7 @@ def prompt_warnings(names: Sequence[str], prompts: Sequence[Sequence[str]]) -> l
 def warnings_for(
     tasks: Sequence[Task],
     reports: Sequence[LayerReport],
-    shared: Sequence[LayerStack],
-    stats: Sequence[GramStats | None],
+    apart: Separabilities,
     routed: bool,
 ) -> list[str]:
     """All warnings about one merge."""
@@ -59,7 +62,7 @@ def warnings_for(
                 f"{a.name} and {b.name} have the same content. They are merged as two tasks; if that is not meant, "
                 "remove one."
             )
-    warnings += _indistinguishable(tasks, shared, stats)
+    warnings += _indistinguishable(tasks, apart)
     bad = sum(layer.nonfinite for layer in reports)
     if bad:
         worst = max(reports, key=lambda layer: layer.nonfinite)
@@ -67,12 +70,7 @@ def warnings_for(
             f"{bad} tokens were NaN or infinite and were left out, most of them in {worst.target}. "
             "Run the model in bfloat16 or float32."
         )
-    for layer in reports:
-        if layer.status == "anchored":
-            warnings.append(
-                f"{layer.target} never ran in calibration and is merged by the anchor. If many layers are listed, "
-                "the MODEL calls them in a way that hooks cannot see."
-            )
+    warnings += _anchored([layer for layer in reports if layer.status == "anchored"])
     for task in active:
         missing = task.adapter.keys_with("unmatched")
         if missing:
@@ -83,20 +81,36 @@ def warnings_for(
     return warnings
 
 
-def _indistinguishable(
-    tasks: Sequence[Task], shared: Sequence[LayerStack], stats: Sequence[GramStats | None]
-) -> list[str]:
-    distances: dict[tuple[int, int], list[float]] = {}
-    for stack, one in zip(shared, stats, strict=True):
-        if one is None or bool((one.tokens < stack.rank).any()):
-            continue
-        apart = separability(pooled(one.gram.to(torch.float64), one.tokens, balanced=True))
-        for i, j in combinations(range(len(stack.tasks)), 2):
-            distances.setdefault((stack.tasks[i], stack.tasks[j]), []).append(float(apart[i, j]))
+def _anchored(layers: Sequence[LayerReport]) -> list[str]:
+    """One sentence for each part of the model with layers that never ran."""
+    warnings = []
+    causes = {
+        "model": "They are merged by the anchor. If there are many, the MODEL calls them in a way that hooks miss.",
+        "clip": "They are merged by the anchor. If a CONDITIONING replaces the prompts, write a prompt beside it: the "
+        "text encoder learns from that.",
+    }
+    for part, advice in causes.items():
+        own = [layer for layer in layers if layer.target.part == part]
+        if own:
+            named = ", ".join(str(layer.target) for layer in own[:3]) + (" and others" if len(own) > 3 else "")
+            warnings.append(f"{len(own)} layers never ran in calibration for one of their LoRAs: {named}. {advice}")
+    return warnings
+
+
+def note_separability(apart: Separabilities, stack: LayerStack, stats: GramStats | None) -> None:
+    """Remember how different each pair of tasks is on one stack, where it saw tokens enough."""
+    if stats is None or bool((stats.tokens < stack.rank).any()):
+        return
+    matrix = separability(pooled(stats.gram.to(torch.float64), stats.tokens, balanced=True))
+    for i, j in combinations(range(len(stack.tasks)), 2):
+        apart.setdefault((stack.tasks[i], stack.tasks[j]), []).append(float(matrix[i, j]))
+
+
+def _indistinguishable(tasks: Sequence[Task], apart: Separabilities) -> list[str]:
     return [
         f"On the signals of their prompts {tasks[i].name} and {tasks[j].name} look the same to the model: the router "
         "averages them. Make the prompts differ in what only one of the LoRAs shows."
-        for (i, j), values in distances.items()
+        for (i, j), values in apart.items()
         if float(torch.tensor(values).median()) < SAME_SIGNAL
     ]
 

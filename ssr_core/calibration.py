@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from .errors import CalibrationError, IncompatibleError, MemoryBudgetError
+from .errors import CalibrationError, IncompatibleError
 from .gram import GramAccumulator, GramStats
 from .padding import PaddingMode
 from .stacks import LayerStack, Task
 from .taps import Tap
-from .targets import Target
+from .targets import Part, Target
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,10 @@ class TaskRecord:
     strength_model: float
     strength_clip: float
     prompts: tuple[str, ...]
+
+    def strength(self, part: Part) -> float:
+        """Strength on one part of the model during calibration."""
+        return self.strength_model if part == "model" else self.strength_clip
 
     @property
     def identity(self) -> tuple[str, tuple[str, ...]]:
@@ -97,17 +101,19 @@ class Calibration:
             records: For each task, the index of its record (`match`).
         """
         origin = stack.origin or stack.target
-        stats = self.stats.get(origin)
-        if stats is None:
-            return None
-        known = self.stack_tasks[origin]
         wanted = [records[task] for task in stack.tasks]
-        if any(index not in known for index in wanted):
-            raise IncompatibleError(
-                "the calibration has no statistics of this layer for one of the LoRAs.",
-                layer=str(stack.target),
-                remedy="calibrate again with the LoRAs at a strength other than 0.",
-            )
+        for index in wanted:
+            if self.tasks[index].strength(stack.target.part) == 0:
+                raise IncompatibleError(
+                    f"it was calibrated at strength 0 on the {stack.target.part}, or without one.",
+                    file=self.tasks[index].name,
+                    layer=str(stack.target),
+                    remedy="calibrate again, with strengths other than 0 and the same MODEL and CLIP connected.",
+                )
+        stats = self.stats.get(origin)
+        known = self.stack_tasks.get(origin, ())
+        if stats is None or any(index not in known for index in wanted):
+            return None
         picked = stats.subset([known.index(index) for index in wanted])
         if picked.ranks != stack.basis_ranks:
             raise IncompatibleError(
@@ -144,18 +150,23 @@ class Calibrator:
         if tap.paths and not tap.calls:
             raise CalibrationError(
                 f"none of the {len(tap.paths)} layers of LoRA number {index + 1} ran in its calibration pass.",
-                remedy="use at least one step, and a MODEL that is not compiled or replaced by another engine.",
+                remedy="use at least one step, a CONDITIONING that is active at the calibration's noise level, and a "
+                "MODEL that is not compiled or replaced by another engine.",
             )
 
     def result(self) -> dict[Target, GramStats]:
-        """Statistics of every stack with two or more tasks; a layer that never ran has zero tokens."""
+        """Statistics of every stack with two or more tasks; a layer that never ran has zero tokens.
+
+        Hands the statistics over: call it once, when all passes are done.
+        """
         stats = {}
         for stack in self.stacks:
             if len(stack.blocks) < 2:
                 continue
             ranks = stack.basis_ranks
             empty = torch.zeros(sum(ranks), sum(ranks))
-            found = [self._done.get((stack.target, task)) for task in stack.tasks]
+            # popped: two copies of all statistics would be alive otherwise
+            found = [self._done.pop((stack.target, task), None) for task in stack.tasks]
             stats[stack.target] = GramStats(
                 torch.stack([empty if one is None else one.gram.to(_widest(found)) for one in found]),
                 torch.tensor([0.0 if one is None else float(one.tokens) for one in found], dtype=torch.float64),
@@ -168,6 +179,21 @@ class Calibrator:
 def _widest(found: Sequence[GramAccumulator | None]) -> torch.dtype:
     wide = any(one is not None and one.gram.dtype == torch.float64 for one in found)
     return torch.float64 if wide else torch.float32
+
+
+def assemble(
+    tasks: Sequence[Task],
+    calibrators: Sequence[Calibrator],
+    *,
+    model: str = "",
+    settings: Mapping[str, object] | None = None,
+) -> Calibration:
+    """The calibration that the calibrators of all parts have gathered."""
+    stats = {target: one for calibrator in calibrators for target, one in calibrator.result().items()}
+    members = {stack.target: stack.tasks for calibrator in calibrators for stack in calibrator.stacks}
+    return Calibration(
+        records_of(tasks), stats, {target: members[target] for target in stats}, model, dict(settings or {})
+    )
 
 
 def records_of(tasks: Sequence[Task]) -> tuple[TaskRecord, ...]:
@@ -203,53 +229,4 @@ def calibrate(
     for index in range(len(tasks)):
         with calibrator.task(index) as tap, tap.attached(root):
             run_pass(index, tap)
-    shared = {stack.target: stack.tasks for stack in stacks if len(stack.blocks) > 1}
-    return Calibration(records_of(tasks), calibrator.result(), shared)
-
-
-@dataclass(frozen=True)
-class MemoryNeed:
-    """Bytes that calibration will hold.
-
-    Attributes:
-        device: On the compute device: stacked downs, one set of Grams, the active ups.
-        host: In main memory: one Gram for each LoRA and layer.
-    """
-
-    device: int
-    host: int
-
-
-def memory_need(stacks: Sequence[LayerStack], dtype: torch.dtype) -> MemoryNeed:
-    """Predict calibration's memory from shapes alone.
-
-    Args:
-        stacks: All stacks of one part.
-        dtype: Of the activations; float16 ones are projected in float32.
-    """
-    itemsize = 4 if dtype == torch.float16 else dtype.itemsize
-    device = host = 0
-    for stack in stacks:
-        ranks = stack.basis_ranks
-        routed = len(ranks) > 1
-        rank = sum(ranks) if routed else 0
-        device += itemsize * (sum(ranks) * stack.in_features + max(ranks) * stack.out_features) + 4 * rank * rank
-        host += 4 * len(ranks) * rank * rank
-    return MemoryNeed(device, host)
-
-
-def check_memory(need: MemoryNeed, device_budget: int, host_budget: int) -> None:
-    """Refuse before anything is allocated.
-
-    Raises:
-        MemoryBudgetError: Says how much is needed and how to need less.
-    """
-    for what, needed, budget in (
-        ("the compute device", need.device, device_budget),
-        ("main memory", need.host, host_budget),
-    ):
-        if needed > budget:
-            raise MemoryBudgetError(
-                f"calibration needs {needed / 2**30:.2f} GiB on {what}, {budget / 2**30:.2f} GiB are allowed.",
-                remedy="merge fewer LoRAs at once, use LoRAs of lower rank, or raise memory_budget_gb.",
-            )
+    return assemble(tasks, [calibrator])

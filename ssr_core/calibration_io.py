@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,8 @@ def load_calibration(path: Path) -> Calibration:
             )
             for t in header["tasks"]
         )
+        if not all(math.isfinite(s) for t in tasks for s in (t.strength_model, t.strength_clip)):
+            raise ValueError("a strength is not finite")
         stats: dict[Target, GramStats] = {}
         stack_tasks: dict[Target, tuple[int, ...]] = {}
         for index, stack in enumerate(header["stacks"]):

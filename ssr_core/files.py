@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,8 +54,11 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     if not path.is_file():
         raise FileError("the file does not exist.", file=str(path), remedy="choose a file from the list.")
-    with path.open("rb") as stream:
-        head = stream.read(9)
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(9)
+    except OSError as err:
+        raise FileError(f"cannot read the file ({err.strerror}).", file=path.name) from err
     # A safetensors header opens with "{" after its length, and that length may spell a pickle's magic.
     magic = head[:4] == b"PK\x03\x04" or head[:1] == b"\x80"
     if (magic and head[8:] != b"{") or path.suffix.lower() in PICKLE_SUFFIXES:
@@ -87,33 +90,34 @@ def atomic_path(path: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         FileError: `path` exists and `overwrite` is False, or the folder cannot be written.
     """
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".tmp{path.suffix}", dir=path.parent)
-        os.close(handle)
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = temporary.stat().st_mode
     except OSError as err:
         raise FileError(f"cannot write here ({err.strerror}).", file=str(path)) from err
-    temporary = Path(name)
     try:
         yield temporary
+        temporary.chmod(mode)  # safetensors makes its files private
         if overwrite:
             temporary.replace(path)
         else:
-            # A hard link fails if the name was taken meanwhile; a rename would overwrite in silence.
-            try:
-                os.link(temporary, path)
-            except FileExistsError as err:
-                raise FileError(
-                    "a file of this name exists already.", file=str(path), remedy="choose another name."
-                ) from err
-            except OSError:  # a file system without hard links
-                if path.exists():
-                    raise FileError(
-                        "a file of this name exists already.", file=str(path), remedy="choose another name."
-                    ) from None
-                temporary.rename(path)
+            _rename_to_new(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _rename_to_new(temporary: Path, path: Path) -> None:
+    """Rename, but never over a file that exists: a hard link fails where a rename would overwrite."""
+    try:
+        os.link(temporary, path)
+    except OSError as err:
+        if path.exists():
+            raise FileError(
+                "a file of this name exists already.", file=str(path), remedy="choose another name."
+            ) from err
+        temporary.rename(path)  # a file system without hard links
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -122,11 +126,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         safetensors.torch.save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, dict(metadata)
         )
-        # mkstemp made the file private; give it the permissions that a plain open() would have given.
-        mask = os.umask(0)
-        os.umask(mask)
-        path.chmod(0o666 & ~mask)
-    except (safetensors.SafetensorError, OSError) as err:
+    except (safetensors.SafetensorError, OSError, RuntimeError) as err:
         raise FileError(f"writing failed ({err}).", file=str(path), remedy="check the free disk space.") from err
 
 

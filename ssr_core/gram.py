@@ -54,6 +54,10 @@ class GramStats:
         return GramStats(gram, self.tokens[picked], self.nonfinite[picked], tuple(self.ranks[b] for b in blocks))
 
 
+_CHUNK = 16384
+"""Tokens added at once: a video layer's copies stay small."""
+
+
 class GramAccumulator:
     """Running sum of `z^T z` for one stack during one task's passes; stays on the device.
 
@@ -72,6 +76,10 @@ class GramAccumulator:
             z: (N, R), one row a token; rows with NaN or infinity are left out and counted.
             weight: (N,) non-negative weight of each token, or None for 1.
         """
+        for start in range(0, z.shape[0], _CHUNK):
+            self._add(z[start : start + _CHUNK], None if weight is None else weight[start : start + _CHUNK])
+
+    def _add(self, z: Tensor, weight: Tensor | None) -> None:
         z = z.to(self.gram.dtype)
         finite = torch.isfinite(z).all(dim=1)
         self.nonfinite += (~finite).sum()

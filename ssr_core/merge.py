@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .accounting import account, layer_report
 from .adapters import LoRALayer
-from .advice import notes_for, warnings_for
+from .advice import Separabilities, note_separability, notes_for, warnings_for
 from .calibration import Calibration
 from .canonical import balance
 from .errors import CalibrationError, IncompatibleError, SolveError
@@ -25,7 +25,7 @@ Unsupported = Literal["refuse", "pass_through"]
 Unseen = Literal["anchor", "refuse"]
 
 LAYERS_AT_ONCE = 64
-"""Layers solved between two calls of `tick`."""
+"""Layers solved between two calls of `tick`, at most."""
 
 
 @dataclass(frozen=True)
@@ -83,21 +83,26 @@ def merge(
     """
     if not any(task.strength_model or task.strength_clip for task in tasks):
         raise IncompatibleError("no LoRA is enabled.", remedy="enable at least one LoRA with a strength other than 0.")
-    _check_unsupported(tasks, unsupported)
+    check_unsupported(tasks, unsupported)
     stacks = build_stacks(tasks, like=calibration.stack_tasks if calibration is not None else ())
     shared = [stack for stack in stacks if len(stack.blocks) > 1]
-    stats = _stats(shared, tasks, method, calibration, unseen)
+    lookup = _Statistics(tasks, method, calibration, unseen, bool(shared))
     out_dtype = dtype or _input_dtype(tasks)
     layers: dict[Target, LoRALayer] = {}
     reports: list[LayerReport] = []
-    order = sorted(range(len(shared)), key=lambda i: shared[i].rank)
-    for at in range(0, len(order), LAYERS_AT_ONCE):
-        chunk = order[at : at + LAYERS_AT_ONCE]
+    apart: Separabilities = {}
+    order = sorted(shared, key=lambda stack: stack.rank)
+    at = 0
+    while at < len(order):
+        chunk = order[at : at + _layers_at_once(order[at])]
         tick(at, len(order))
-        answers = method.merge([shared[i] for i in chunk], [stats[i] for i in chunk], device or torch.device("cpu"))
-        for i, factors in zip(chunk, answers, strict=True):
-            layers[shared[i].target] = _finish(shared[i], factors, out_dtype)
-            reports.append(layer_report(shared[i], factors, stats[i], method))
+        at += len(chunk)
+        stats = [lookup.of(stack) for stack in chunk]
+        answers = method.merge(chunk, stats, device or torch.device("cpu"))
+        for stack, one, factors in zip(chunk, stats, answers, strict=True):
+            layers[stack.target] = _finish(stack, factors, out_dtype)
+            reports.append(layer_report(stack, factors, one, method))
+            note_separability(apart, stack, one)
     tick(len(order), len(order))
     for stack in stacks:
         if len(stack.blocks) == 1:
@@ -110,13 +115,18 @@ def merge(
         tuple(task.name for task in tasks),
         tuple(reports),
         tuple(account(i, task, reports, unsupported == "pass_through") for i, task in enumerate(tasks)),
-        tuple(warnings_for(tasks, reports, shared, stats, method.needs_calibration)),
+        tuple(warnings_for(tasks, reports, apart, method.needs_calibration)),
         tuple(notes_for(tasks, calibration)),
     )
     return MergeResult(layers, _sum_vectors(tasks, out_dtype), report)
 
 
-def _check_unsupported(tasks: Sequence[Task], unsupported: Unsupported) -> None:
+def check_unsupported(tasks: Sequence[Task], unsupported: Unsupported) -> None:
+    """Refuse keys that cannot be routed, if so wanted; callers do it before the slow part.
+
+    Raises:
+        IncompatibleError: Names the first such key and its reason.
+    """
     if unsupported != "refuse":
         return
     for task in tasks:
@@ -136,29 +146,43 @@ def _check_unsupported(tasks: Sequence[Task], unsupported: Unsupported) -> None:
             )
 
 
-def _stats(
-    shared: Sequence[LayerStack],
-    tasks: Sequence[Task],
-    method: MergeMethod,
-    calibration: Calibration | None,
-    unseen: Unseen,
-) -> list[GramStats | None]:
-    if calibration is None:
-        if method.needs_calibration and shared:
+class _Statistics:
+    """Looks a calibration's statistics up for the stacks of a set of tasks."""
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        method: MergeMethod,
+        calibration: Calibration | None,
+        unseen: Unseen,
+        shared: bool,
+    ) -> None:
+        if calibration is None and method.needs_calibration and shared:
             raise CalibrationError(
                 f"the method {method.name} needs a calibration.", remedy="calibrate, or use the method sum."
             )
-        return [None] * len(shared)
-    records = calibration.match_active(tasks)
-    stats = [calibration.stats_for(stack, records) for stack in shared]
-    for stack, one in zip(shared, stats, strict=True):
-        if unseen == "refuse" and (one is None or not one.complete):
+        self._calibration, self._unseen, self._needed = calibration, unseen, method.needs_calibration
+        self._records = [] if calibration is None else calibration.match_active(tasks)
+
+    def of(self, stack: LayerStack) -> GramStats | None:
+        """Statistics of one stack, None without a calibration."""
+        if self._calibration is None:
+            return None
+        stats = self._calibration.stats_for(stack, self._records)
+        if self._needed and self._unseen == "refuse" and (stats is None or not stats.complete):
             raise CalibrationError(
                 "the layer never ran for one of its LoRAs during calibration.",
                 layer=str(stack.target),
                 remedy="set unseen_layers to anchor, or calibrate with a prompt and size that reach it.",
             )
-    return stats
+        return stats
+
+
+def _layers_at_once(stack: LayerStack) -> int:
+    """Layers solved between two calls of `tick`: about 512 MiB of Grams and factors in float64."""
+    r = sum(stack.rank_bounds)
+    need = 8 * (r * r * (len(stack.blocks) + 4) + r * (stack.in_features + stack.out_features))
+    return max(1, min(LAYERS_AT_ONCE, (1 << 29) // max(1, need)))
 
 
 def _input_dtype(tasks: Sequence[Task]) -> torch.dtype:
@@ -171,6 +195,8 @@ def _input_dtype(tasks: Sequence[Task]) -> torch.dtype:
 
 def _finish(stack: LayerStack, factors: MergedFactors, dtype: torch.dtype) -> LoRALayer:
     down, up = balance(factors.down, factors.up)
+    if down.shape[0] == 0:  # nothing but zeros; no loader takes a LoRA of rank 0
+        down, up = down.new_zeros(1, down.shape[1]), up.new_zeros(up.shape[0], 1)
     name = str(stack.target)
     return LoRALayer(_cast(down, dtype, name), _cast(up, dtype, name), None, stack.kernel)
 

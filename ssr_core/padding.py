@@ -18,6 +18,10 @@ TEXT_LAYER = re.compile(
 """Names by which the host's networks call the layers that read only text."""
 
 
+JOINT_LAYER = re.compile(r"(^|\.)(single_blocks|layers)\.\d")
+"""Names of layers that read text and image as one sequence, in the families where the order is known."""
+
+
 @dataclass(frozen=True)
 class TextRows:
     """What the host tells about the text tokens of one calibration pass.
@@ -77,7 +81,7 @@ class RowWeights:
             return None
         if leading[1] == length:
             return "text" if TEXT_LAYER.search(path) else None
-        if TEXT_LAYER.search(path) or self._rows.joint == "unknown":
+        if TEXT_LAYER.search(path) or not JOINT_LAYER.search(path) or self._rows.joint == "unknown":
             return None
         return str(self._rows.joint)
 

@@ -54,7 +54,7 @@ def read_adapter(tensors: Mapping[str, Tensor], key_map: KeyMap, *, name: str, f
         if found is None:
             records.update(_unmatched(groups[base], key_map))
         else:
-            matched += 1
+            matched += any(spelled.role != "alpha" for spelled in groups[base].values())
             records.update(reader.read_group(groups[base], key_map[found]))
     _check_coverage(groups, matched, key_map, name)
     reader.mark_shadowed(records)
@@ -80,11 +80,14 @@ def _unmatched(group: Mapping[str, Spelled], key_map: KeyMap) -> dict[str, KeyRe
     return {key: KeyRecord(key, "unmatched", reason=reason) for key in group}
 
 
-def _check_coverage(groups: Mapping[str, object], matched: int, key_map: KeyMap, name: str) -> None:
+def _check_coverage(groups: Mapping[str, Mapping[str, Spelled]], matched: int, key_map: KeyMap, name: str) -> None:
     has_clip = any(entry.target.part == "clip" for entry in key_map.values())
-    counted = [base for base in groups if has_clip or not _is_text_encoder(base)]
+    layers = [base for base, group in groups.items() if any(spelled.role != "alpha" for spelled in group.values())]
+    counted = [base for base in layers if has_clip or not _is_text_encoder(base)]
     if matched >= max(1, MIN_MATCHED * len(counted)):
         return
+    if not counted and layers:
+        raise IncompatibleError("all its layers are text-encoder layers.", file=name, remedy="connect CLIP.")
     example = next((base for base in counted if _find(base, key_map) is None), "none")
     raise IncompatibleError(
         f"only {matched} of its {len(counted)} layers exist in the connected model (first unknown: {example}).",
@@ -126,7 +129,7 @@ class _Reader:
         """Give the keys that a later alias of the same layer replaced their reason."""
         for key, winner in self._shadowed.items():
             target = records[key].target
-            records[key] = KeyRecord(key, "unsupported", target, f"the same layer is also given as {winner}")
+            records[key] = KeyRecord(key, "shadowed", target, f"the same layer is also given as {winner}")
 
     def _why_unsupported(self, group: Mapping[str, Spelled], roles: set[str], entry: KeyTarget) -> str:
         kinds = sorted({s.spelling for s in group.values() if s.role == "unsupported"})
@@ -172,7 +175,8 @@ class _Reader:
 
     def _alpha(self, key: str) -> float:
         tensor = self.tensors[key]
-        value = float(tensor.reshape(-1)[0]) if tensor.numel() == 1 else math.nan
+        real = tensor.numel() == 1 and not tensor.is_complex()
+        value = float(tensor.reshape(-1)[0]) if real else math.nan
         if not math.isfinite(value):
             raise IncompatibleError(f"{key} is not one finite number.", file=self.name)
         return value

@@ -12,7 +12,16 @@ from .targets import Target
 
 LayerStatus = Literal["routed", "merged", "passed_through", "anchored"]
 KeyFate = Literal[
-    "routed", "merged", "passed_through", "anchored", "summed", "strength_0", "host_patch", "refused", "unmatched"
+    "routed",
+    "merged",
+    "passed_through",
+    "anchored",
+    "summed",
+    "strength_0",
+    "host_patch",
+    "refused",
+    "shadowed",
+    "unmatched",
 ]
 
 FATE_WORDS: Mapping[KeyFate, str] = {
@@ -24,6 +33,7 @@ FATE_WORDS: Mapping[KeyFate, str] = {
     "strength_0": "absent (strength 0)",
     "host_patch": "applied to the MODEL or CLIP as the host's own patch, not in the saved file",
     "refused": "refused",
+    "shadowed": "given twice in the file, the later name counts (as in ComfyUI)",
     "unmatched": "not in the connected model",
 }
 

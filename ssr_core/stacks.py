@@ -138,6 +138,11 @@ class LayerStack:
         return tuple(block.coordinates.basis.shape[0] for block in self.blocks)
 
     @property
+    def rank_bounds(self) -> tuple[int, ...]:
+        """Upper bounds of `basis_ranks`, which cost no factorisation."""
+        return tuple(min(block.rank, self.in_features) for block in self.blocks)
+
+    @property
     def in_features(self) -> int:
         """Columns of every `down`: in * prod(kernel)."""
         return self.blocks[0].parts[0][1].down.shape[1]

@@ -7,6 +7,7 @@ is, quantised or offloaded, and every LoRA takes its turn in the hooks.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from .errors import CalibrationError
 from .gram import GramAccumulator
 from .padding import PaddingMode, RowWeights, TextRows
-from .stacks import LayerStack
+from .stacks import Block, LayerStack
 from .targets import Target
 
 _CHUNK = 8192
@@ -32,19 +33,41 @@ class _Slot:
     """One stack during one task: its columns in the module's z, and what to do with them."""
 
     stack: LayerStack
+    block: Block
     columns: slice
-    accumulator: GramAccumulator | None
-    active: slice | None
-    up: Tensor | None
+    active: slice
+    accumulator: GramAccumulator | None = None
+    up: Tensor | None = None
+
+    @property
+    def recorded(self) -> bool:
+        """Whether another LoRA shares the layer, so that statistics are needed."""
+        return len(self.stack.blocks) > 1
+
+    @property
+    def basis(self) -> Tensor:
+        """Rows of the module's projection that belong to this slot."""
+        return self.stack.basis if self.recorded else self.block.coordinates.basis
+
+
+@dataclass
+class _Shared:
+    """What all hook pairs of one tap look up.
+
+    They hold this instead of the tap: a cycle would keep every task's tensors on the device until
+    the garbage collector happens to run.
+    """
+
+    calls: Counter[str]
+    weights: RowWeights
 
 
 class _ModuleTap:
     """The hook pair of one module for one task."""
 
-    def __init__(self, tap: Tap, path: str, stacks: Sequence[LayerStack], task: int) -> None:
-        self.tap, self.path, self.kernel = tap, path, stacks[0].kernel
+    def __init__(self, shared: _Shared, path: str, stacks: Sequence[LayerStack], task: int) -> None:
+        self.shared, self.path, self.kernel = shared, path, stacks[0].kernel
         self.slots: list[_Slot] = []
-        rows: list[Tensor] = []
         at = 0
         for stack in stacks:
             if task not in stack.tasks:
@@ -52,28 +75,27 @@ class _ModuleTap:
             position = stack.tasks.index(task)
             block = stack.blocks[position]
             recorded = len(stack.blocks) > 1
-            basis = stack.basis if recorded else block.coordinates.basis
-            before = sum(stack.basis_ranks[:position]) if recorded else 0
-            width = block.coordinates.basis.shape[0]
-            self.slots.append(
-                _Slot(stack, slice(at, at + basis.shape[0]), None, slice(at + before, at + before + width), None)
-            )
-            rows.append(basis)
-            at += basis.shape[0]
-        self._rows = rows
+            ranks = stack.basis_ranks
+            size = sum(ranks) if recorded else ranks[position]
+            before = sum(ranks[:position]) if recorded else 0
+            if size == 0:  # every down here is zero: nothing to see, nothing to add
+                continue
+            active = slice(at + before, at + before + ranks[position])
+            self.slots.append(_Slot(stack, block, slice(at, at + size), active))
+            at += size
         self._basis: Tensor | None = None
         self._pending: list[Tensor] = []
-        self.task = task
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Put the factors where the layer computes; done once, before the pass where possible."""
         compute = torch.float32 if dtype == torch.float16 else dtype
-        self._basis = torch.cat([rows.to(device, compute) for rows in self._rows])
+        self._basis = torch.cat([slot.basis.to(device, compute) for slot in self.slots])
         gram_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         for slot in self.slots:
-            block = slot.stack.blocks[slot.stack.tasks.index(self.task)]
-            slot.up = block.canonical_up.to(device, compute)
-            if len(slot.stack.blocks) > 1 and slot.accumulator is None:
+            slot.up = slot.block.canonical_up.to(device, compute)
+            if slot.accumulator is not None and slot.accumulator.gram.device != device:
+                raise CalibrationError("the layer moved to another device during its pass.", layer=self.path)
+            if slot.recorded and slot.accumulator is None:
                 slot.accumulator = GramAccumulator(slot.columns.stop - slot.columns.start, device, gram_dtype)
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -99,18 +121,18 @@ class _ModuleTap:
                 tokens = _project(x.reshape(-1, x.shape[-1]), self._basis)
                 z = tokens.reshape(*x.shape[:-1], tokens.shape[1])
                 leading = x.shape[:-1]
-            weight = self.tap.weights(self.path, leading, x.device) if leading else None
+            weight = self.shared.weights(self.path, leading, x.device) if leading else None
             for slot in self.slots:
                 if slot.accumulator is not None:
                     slot.accumulator.add(tokens[:, slot.columns], weight)
-        self.tap.calls[self.path] += 1
+        self.shared.calls[self.path] += 1
         self._pending.append(z)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Hook: add `up_k z_k`, in the rows of each slot."""
         z = self._pending.pop()
         for slot in self.slots:
-            assert slot.up is not None and slot.active is not None
+            assert slot.up is not None
             if self.kernel:
                 batched = output if output.ndim == len(self.kernel) + 2 else output[None]
                 _add_convolution(batched, z[:, slot.active], slot.up, slot.stack.target.out_slice, self.path)
@@ -120,21 +142,22 @@ class _ModuleTap:
 
 
 class Tap:
-    """All hooks of one task; attach it around the passes.
-
-    Attributes:
-        calls: How often each module ran while attached.
-    """
+    """All hooks of one task; attach it around the passes."""
 
     def __init__(self, stacks: Sequence[LayerStack], task: int, padding: PaddingMode) -> None:
-        self.calls: Counter[str] = Counter()
         self._padding = padding
-        self._weights = RowWeights(None, padding)
+        self._shared = _Shared(Counter(), RowWeights(None, padding))
         by_module: dict[str, list[LayerStack]] = {}
         for stack in stacks:
             if task in stack.tasks:
                 by_module.setdefault(stack.target.module_path, []).append(stack)
-        self._modules = [_ModuleTap(self, path, group, task) for path, group in by_module.items()]
+        modules = [_ModuleTap(self._shared, path, group, task) for path, group in by_module.items()]
+        self._modules = [module for module in modules if module.slots]
+
+    @property
+    def calls(self) -> Counter[str]:
+        """How often each module ran while attached."""
+        return self._shared.calls
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Upload all factors now, so that no forward pass has to wait for a copy."""
@@ -143,11 +166,7 @@ class Tap:
 
     def describe_text(self, rows: TextRows | None) -> None:
         """Say which rows of the coming passes are text padding."""
-        self._weights = RowWeights(rows, self._padding)
-
-    def weights(self, path: str, leading: Sequence[int], device: torch.device) -> Tensor | None:
-        """Weights of a layer's rows; see `RowWeights`."""
-        return self._weights(path, leading, device)
+        self._shared.weights = RowWeights(rows, self._padding)
 
     @contextmanager
     def attached(self, root: nn.Module) -> Iterator[None]:
@@ -222,7 +241,7 @@ def _convolve(module: nn.Module, x: Tensor, basis: Tensor, kernel: tuple[int, ..
     conv: Any = module
     if getattr(conv, "groups", 1) != 1:
         raise CalibrationError("a grouped convolution cannot be routed.", layer=path)
-    weight = basis.reshape(basis.shape[0], -1, *kernel)
+    weight = basis.reshape(basis.shape[0], basis.shape[1] // math.prod(kernel), *kernel)
     if x.shape[1] != weight.shape[1]:
         raise CalibrationError(f"the layer reads {x.shape[1]} channels, the LoRA {weight.shape[1]}.", layer=path)
     padding = conv.padding

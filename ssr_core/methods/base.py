@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..canonical import effective_directions
+from ..errors import SolveError
 from ..gram import GramStats
 from ..stacks import LayerStack
 
@@ -96,6 +97,12 @@ def canonical_problem(stack: LayerStack, stats: GramStats | None, device: torch.
     ups, reduces = [], []
     for block in stack.blocks:
         up = block.canonical_up.to(device)
+        if not bool(torch.isfinite(up).all()):
+            raise SolveError(
+                "a LoRA's values are not finite at this strength.",
+                layer=str(stack.target),
+                remedy="check the strengths, and the LoRA's alpha.",
+            )
         directions = effective_directions(up)
         full = directions.shape[0] == directions.shape[1]
         ups.append(up if full else up @ directions.to(up))

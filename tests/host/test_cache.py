@@ -87,7 +87,7 @@ def test_saved_calibration_gives_the_same_merge(server, base):
     model = graph.checkpoint(FAMILY)
     merged = graph.merge(FAMILY, tasks, model=model)
     graph.dump(merged, "before_saving")
-    graph.pack("SSRSaveCalibration", calibration=merged.out(3), filename_prefix="calibrations/kept")
+    graph.pack("SSRSaveCalibration", calibration=merged.out(3), filename_prefix="kept")
     server.run(graph.prompt).ok()
     listed = server.schemas(refresh=True)["SSRLoadCalibration"]["input"]["required"]["calibration"][1]["options"]
     name = next(option for option in listed if "kept" in option)

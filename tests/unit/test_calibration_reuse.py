@@ -80,7 +80,7 @@ def test_a_layer_that_was_off_in_calibration_cannot_be_routed_later():
     tasks = [TASKS[0], TASKS[1], Task(TASKS[2].adapter, 0.0, 1.0, TASKS[2].prompts)]
     calibration = calibrated(linear64(IN, OUT), tasks, [[x] for x in TOKENS[:3]])
     now = [*tasks[:2], TASKS[2]]
-    with pytest.raises(IncompatibleError, match="no statistics") as caught:
+    with pytest.raises(IncompatibleError, match="strength 0") as caught:
         merge(now, SSRMerge(), calibration)
     assert caught.value.layer == "layer"
 

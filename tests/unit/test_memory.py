@@ -1,6 +1,7 @@
 """The memory forecast against what a tap really allocates."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -65,7 +66,9 @@ def test_forecast_for_main_memory_is_one_gram_a_task_and_layer():
             for module in root.values():
                 module(torch.ones(2, 16))
     held = sum(stats.gram.nbytes for stats in calibrator.result().values())
-    assert memory_need(stacks, torch.float32).host == held == 4 * (3 * 24**2 + 2 * 9**2)
+    coordinates = 4 * sum(sum(stack.rank_bounds) * stack.in_features for stack in stacks)
+    assert held == 4 * (3 * 24**2 + 2 * 9**2)
+    assert memory_need(stacks, torch.float32).host == held + coordinates
 
 
 def test_forecast_by_hand():
@@ -88,3 +91,21 @@ def test_refusal_says_how_much_where_and_what_to_change(device, host, where):
     amount = "3.00 GiB" if device else "5.00 GiB"
     assert f"needs {amount} on {where}" in str(caught.value)
     assert "fewer LoRAs" in caught.value.remedy and "memory_budget_gb" in caught.value.remedy
+
+
+def test_a_task_leaves_nothing_on_the_device():
+    """Tensors of one task must be gone when the next one starts, without the garbage collector's help."""
+    stacks = build_stacks(tasks_of())
+    root = nn.ModuleDict({"layer": nn.Linear(16, 9), "qkv": nn.Linear(16, 12), "alone": nn.Linear(16, 9)})
+    calibrator, gone = Calibrator(stacks), []
+    gc.disable()
+    try:
+        for k in range(3):
+            with calibrator.task(k) as tap, tap.attached(root), torch.no_grad():
+                for module in root.values():
+                    module(torch.ones(2, 16))
+            gone.append(weakref.ref(tap))
+            del tap
+            assert [ref() for ref in gone] == [None] * (k + 1)
+    finally:
+        gc.enable()

@@ -61,18 +61,22 @@ def test_layers_that_read_only_text(path, mode):
 def test_joint_sequences(mode, joint):
     image = [ONE] * 5
     weights = TEXT[mode] + image if joint == "first" else image + TEXT[mode]
-    check("blocks.0.qkv", randn(2, 2, 13, IN), mode, TextRows(REAL, joint), [weights] * 2)
+    check("single_blocks.0.linear1", randn(2, 2, 13, IN), mode, TextRows(REAL, joint), [weights] * 2)
 
 
 @pytest.mark.parametrize(
     ("path", "shape", "rows"),
     [
-        ("blocks.0.qkv", (2, 13), TextRows(REAL, "unknown")),  # nobody said where the text stands
+        ("single_blocks.0.linear1", (2, 13), TextRows(REAL, "unknown")),  # nobody said where the text stands
+        ("double_blocks.0.img_attn.qkv", (2, 13), TextRows(REAL, "first")),  # image rows, more than text rows
+        ("img_in", (2, 13), TextRows(REAL, "first")),
+        ("final_layer.linear", (2, 13), TextRows(REAL, "first")),
+        ("noise_refiner.0.attention.qkv", (2, 13), TextRows(REAL, "first")),
         ("blocks.0.img_mlp", (2, 8), TextRows(REAL, "first")),  # an image that is as long as the text
         ("txt_in", (2, 7), TextRows(REAL)),  # shorter than the text
         ("txt_in", (2, 13), TextRows(REAL, "first")),  # a text layer, but of another length
         ("modulation", (2,), TextRows(REAL, "first")),  # one vector a sample
-        ("blocks.0.qkv", (2, 2, 8), TextRows(REAL, "first")),
+        ("single_blocks.0.linear1", (2, 2, 8), TextRows(REAL, "first")),
         ("blocks.0.qkv", (2, 13), None),
     ],
 )

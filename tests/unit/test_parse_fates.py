@@ -80,7 +80,7 @@ def test_two_names_of_one_layer_the_later_name_of_the_model_wins():
     adapter, by_key = records(tensors)
     assert torch.equal(adapter.layers[Target("fc")].up, 2 * UP)
     for key in ("lora_unet_fc.lora_up.weight", "lora_unet_fc.lora_down.weight"):
-        assert by_key[key].status == "unsupported" and "diffusion_model.fc" in by_key[key].reason
+        assert by_key[key].status == "shadowed" and "diffusion_model.fc" in by_key[key].reason
     assert by_key["diffusion_model.fc.lora_B.weight"].status == "low_rank"
 
 
@@ -95,14 +95,14 @@ def test_the_alpha_of_a_shadowed_layer_is_shadowed_too():
     }
     adapter, by_key = records(tensors)
     assert adapter.layers[Target("fc")].alpha is None
-    assert by_key["lora_unet_fc.alpha"].status == "unsupported"
+    assert by_key["lora_unet_fc.alpha"].status == "shadowed"
 
 
 def test_a_shadowed_vector_has_its_reason():
     adapter, by_key = records(
         {"lora_unet_fc.diff_b": torch.ones(OUT), "diffusion_model.fc.diff_b": torch.zeros(OUT), **GOOD}
     )
-    assert by_key["lora_unet_fc.diff_b"].status == "unsupported"
+    assert by_key["lora_unet_fc.diff_b"].status == "shadowed"
     assert torch.equal(adapter.vectors[(Target("fc"), "bias")], torch.zeros(OUT))
 
 

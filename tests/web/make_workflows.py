@@ -190,7 +190,7 @@ GRAPHS = {
             "SSRSaveCalibration",
             900,
             200,
-            {"filename_prefix": "calibrations/dog_and_cat"},
+            {"filename_prefix": "dog_and_cat"},
             {"calibration": "merge.3"},
             None,
         ),

@@ -1,0 +1,93 @@
+"""What can be read off a MODEL or CLIP without the host's functions: shapes, names, identity."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..ssr_core import KeyTarget, Part, Target
+
+log = logging.getLogger(__name__)
+
+TEXT_FIRST = {"Flux", "Flux2", "Chroma", "LongCatImage", "Lumina2", "ZImage", "HunyuanVideo", "HunyuanImage21"}
+"""Model classes whose joint layers read the text tokens before the image tokens."""
+
+
+def joint_text(model: Any) -> Literal["first", "unknown"]:
+    """Where the text stands in layers that read text and image together."""
+    return "first" if type(model.model).__name__ in TEXT_FIRST else "unknown"
+
+
+def root_of(part: Part, owner: Any) -> torch.nn.Module:
+    """The module that targets of this part are relative to."""
+    module: torch.nn.Module = owner.model if part == "model" else owner.cond_stage_model
+    return module
+
+
+def weight_shapes(root: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter as its layer computes with it (a state dict shows how it is packed)."""
+    shapes = {key: tuple(value.shape) for key, value in root.state_dict().items()}
+    for name, module in root.named_modules():
+        weight = getattr(module, "weight", None)
+        if weight is not None and f"{name}.weight" in shapes:
+            shapes[f"{name}.weight"] = tuple(weight.shape)
+    return shapes
+
+
+def key_target(part: Part, key: Any, shapes: Mapping[str, tuple[int, ...]]) -> KeyTarget | None:
+    """One entry of the host's key map as the engine takes it; None if the model has no such rows."""
+    parameter, offset, function = (key, None, None) if isinstance(key, str) else (*key, None)[:3]
+    shape = shapes.get(parameter)
+    if shape is None:
+        return None
+    module_path, _, name = parameter.rpartition(".")
+    rows = None
+    if offset is not None:
+        dim, start, length = offset
+        if dim != 0 or start + length > shape[0]:
+            # The host's table does not fit this model (grouped-query Lumina2); its own loader would fail later.
+            log.warning("SSR-Merge: rows %s of %s do not exist; the name is ignored.", offset, parameter)
+            return None
+        rows = (start, length)
+    order = None
+    if function is not None:
+        count = shape[0] if rows is None else rows[1]
+        order = tuple(int(i) for i in function(torch.arange(count, dtype=torch.float32)[:, None])[:, 0])
+    return KeyTarget(Target(module_path, rows, part), shape, order, name)
+
+
+def model_identity(model: Any) -> str:
+    """Hash of what distinguishes one loaded model from another: class, shapes, some weights, its patches.
+
+    Weights that LoRA patches have overwritten are read from their backup.
+    """
+    digest = hashlib.sha256(type(model.model).__name__.encode())
+    state = model.model.state_dict()
+    matrices = [key for key in sorted(state) if key.endswith(".weight") and state[key].ndim > 1]
+    for key in sorted(state):
+        digest.update(f"{key}{tuple(state[key].shape)}".encode())
+    for key in matrices[:: max(1, len(matrices) // 8)]:
+        backup = model.backup.get(key)
+        digest.update(_sample(state[key] if backup is None else backup.weight))
+    for key in sorted(model.patches):
+        for strength, patch, *_ in model.patches[key]:
+            digest.update(f"{key}{strength}{type(patch).__name__}".encode())
+            weights = getattr(patch, "weights", patch[1] if isinstance(patch, tuple) else ())
+            for value in weights if isinstance(weights, list | tuple) else ():
+                if isinstance(value, Tensor):
+                    digest.update(_sample(value))
+    return digest.hexdigest()
+
+
+def _sample(weight: Any) -> bytes:
+    """Some bytes of a tensor; of a quantised one, of what it stores."""
+    stored = getattr(weight, "_qdata", weight)
+    if not isinstance(stored, Tensor) or stored.device.type == "meta":
+        return b""
+    few = stored.detach().flatten()[:64].cpu().contiguous()
+    return bytes(few.view(torch.uint8).tolist())

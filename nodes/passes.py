@@ -1,0 +1,147 @@
+"""The calibration passes: each LoRA alone, with its own prompts, on the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ssr_core import (
+    Calibration,
+    CalibrationError,
+    Calibrator,
+    LayerStack,
+    TextRows,
+    assemble,
+    build_stacks,
+    check_memory,
+    memory_need,
+)
+from . import host
+from .entries import LoRAEntry
+from .loading import Loaded, alone
+from .model_info import joint_text, model_identity, root_of
+from .options import CalibrationOptions
+
+CALIBRATION_SHARE = 0.9
+"""Of the progress bar of a whole merge."""
+
+
+def calibrate(
+    loaded: Loaded, model: Any, clip: Any | None, options: CalibrationOptions, progress: host.Progress
+) -> Calibration:
+    """One short sampling pass for each LoRA and prompt, that LoRA alone, the same noise for all.
+
+    Raises:
+        CalibrationError: A pass failed, or a LoRA has neither prompt nor CONDITIONING.
+        MemoryBudgetError: The statistics would not fit.
+    """
+    stacks = build_stacks(loaded.tasks)
+    parts = [Calibrator([s for s in stacks if s.target.part == part], options.padding) for part in ("model", "clip")]
+    settings = options.settings()
+    if any(len(stack.blocks) > 1 for stack in stacks):
+        _check_budget(stacks, model, options)
+        passes = _Passes(loaded, model, clip, options, progress)
+        for index in range(len(loaded.tasks)):
+            passes.run(index, *parts)
+        settings = {**settings, "sigmas": passes.sigmas[:-1].tolist(), "latent": list(passes.latent.shape)}
+    return assemble(loaded.tasks, parts, model=model_identity(model), settings=settings)
+
+
+def _check_budget(stacks: Sequence[LayerStack], model: Any, options: CalibrationOptions) -> None:
+    need = memory_need(stacks, host.activation_dtype(model))
+    check_memory(need, *host.memory_budgets(model.load_device, options.memory_budget_gb))
+
+
+_Prepared = list[tuple[list[Any], TextRows | None]]
+
+
+class _Passes:
+    """Runs one LoRA's prompts through the text encoder and the diffusion model."""
+
+    def __init__(
+        self, loaded: Loaded, model: Any, clip: Any | None, options: CalibrationOptions, progress: host.Progress
+    ) -> None:
+        self.loaded, self.model, self.clip, self.options, self.progress = loaded, model, clip, options, progress
+        self.latent, self.sigmas = options.latent_for(model), options.sigmas_for(model)
+        self.noise = host.shared_noise(self.latent, options.seed)
+        self.core_keys = host.core_key_map(model, clip)
+        passes = sum(1 if e.conditioning is not None else len(e.prompts) for e in loaded.entries)
+        progress.stage(0.0, CALIBRATION_SHARE, passes * (len(self.sigmas) - 1))
+
+    def run(self, index: int, model_calibrator: Calibrator, clip_calibrator: Calibrator) -> None:
+        """All prompts of one LoRA; its statistics count only if every pass succeeds."""
+        entry = self.loaded.entries[index]
+        with ExitStack() as stack, _named_out_of_memory(entry.name):
+            prepared = self._encode(index, entry, clip_calibrator, stack)
+            tap = stack.enter_context(model_calibrator.task(index))
+            if not tap.paths:  # a LoRA of the text encoder only
+                return
+            model = alone(self.loaded, index, "model", self.model, self.core_keys[0])
+            tap.prepare(model.load_device, host.activation_dtype(model))
+            for conditioning, rows in prepared:
+                host.check_cancel()
+                tap.describe_text(rows)
+                host.run_calibration_pass(
+                    model,
+                    conditioning,
+                    tap,
+                    noise=self.noise,
+                    latent=self.latent,
+                    sigmas=self.sigmas,
+                    seed=self.options.seed,
+                    on_step=lambda step, x0: self.progress.step(1, x0),
+                )
+
+    def _encode(self, index: int, entry: LoRAEntry, calibrator: Calibrator, stack: ExitStack) -> _Prepared:
+        """Conditionings of one LoRA, with its text-encoder adapter active while they are made."""
+        given = entry.conditioning
+        ready: _Prepared = [] if given is None else [(given, _rows_of(given, [], self.model))]
+        if self.clip is None or (given is not None and not any(entry.prompts)):
+            if given is None:
+                raise CalibrationError(
+                    "its prompts need a CLIP.", file=entry.name, remedy="connect CLIP, or a CONDITIONING to SSR LoRA."
+                )
+            return ready
+        tap = stack.enter_context(calibrator.task(index))
+        clip = alone(self.loaded, index, "clip", self.clip, self.core_keys[1])
+        encoded: _Prepared = []
+        for prompt in entry.prompts:
+            host.check_cancel()
+            with tap.attached(root_of("clip", clip)), host.text_rows(clip, tap.describe_text) as masks:
+                conditioning = host.encode(clip, prompt)
+            encoded.append((conditioning, _rows_of(conditioning, masks, self.model)))
+        return ready or encoded
+
+
+@contextmanager
+def _named_out_of_memory(name: str) -> Iterator[None]:
+    """Say which LoRA was being calibrated and what helps; the host still sees an out-of-memory error."""
+    try:
+        yield
+    except Exception as err:
+        if not host.is_out_of_memory(err):
+            raise
+        raise torch.OutOfMemoryError(
+            f"SSR-Merge: out of memory while calibrating {name}. Nothing was changed. "
+            "What to do: lower width and height, or merge fewer LoRAs at once."
+        ) from err
+
+
+def _rows_of(conditioning: Sequence[Any], masks: Sequence[Tensor], model: Any) -> TextRows | None:
+    """What is known about padding: the conditioning's own mask, else the encoder's of the same length."""
+    if len(conditioning) != 1:
+        return None
+    text, extra = conditioning[0][0], conditioning[0][1]
+    if not isinstance(text, Tensor) or text.ndim != 3:
+        return None
+    length = text.shape[1]
+    found = [extra["attention_mask"].bool().flatten().cpu()] if extra.get("attention_mask") is not None else []
+    found += [mask.flatten()[:length] for mask in masks if mask.numel() >= length and length % mask.shape[1] == 0]
+    found = [mask for mask in found if mask.numel() == length]
+    if not found:
+        return None
+    return TextRows(torch.stack(found).any(dim=0), joint_text(model))
