@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import CalibrationError, IncompatibleError
 from .gram import GramAccumulator, GramStats
@@ -15,6 +15,9 @@ from .padding import PaddingMode
 from .stacks import LayerStack, Task
 from .taps import Tap
 from .targets import Part, Target
+
+SAME_BASIS = 1e-3
+"""Relative difference of signatures up to which two bases count as the same (rounding stays far below)."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Calibration:
         stack_tasks: Which tasks have a block in each stack, by target.
         model: Identity of the model that was calibrated.
         settings: How: seed, sigmas, size, padding and so on, as plain JSON values.
+        signatures: `LayerStack.signature` of each stack: statistics mean nothing in another basis.
     """
 
     tasks: tuple[TaskRecord, ...]
@@ -62,6 +66,7 @@ class Calibration:
     stack_tasks: Mapping[Target, tuple[int, ...]]
     model: str = ""
     settings: Mapping[str, object] = field(default_factory=dict)
+    signatures: Mapping[Target, Tensor] = field(default_factory=dict)
 
     def match(self, tasks: Sequence[Task]) -> list[int]:
         """Find each task's record.
@@ -121,7 +126,20 @@ class Calibration:
                 layer=str(stack.target),
                 remedy="calibrate again.",
             )
+        self._check_signature(stack, origin, [known.index(index) for index in wanted], stats.ranks)
         return picked
+
+    def _check_signature(self, stack: LayerStack, origin: Target, blocks: Sequence[int], ranks: Sequence[int]) -> None:
+        if origin not in self.signatures:
+            return
+        parts = self.signatures[origin].split(list(ranks))
+        kept = torch.cat([parts[block] for block in blocks])
+        if float((kept - stack.signature).norm()) > SAME_BASIS * float(kept.norm()):
+            raise IncompatibleError(
+                "the LoRAs' coordinates came out differently than when they were calibrated.",
+                layer=str(stack.target),
+                remedy="calibrate again on this machine.",
+            )
 
 
 class Calibrator:
@@ -190,9 +208,14 @@ def assemble(
 ) -> Calibration:
     """The calibration that the calibrators of all parts have gathered."""
     stats = {target: one for calibrator in calibrators for target, one in calibrator.result().items()}
-    members = {stack.target: stack.tasks for calibrator in calibrators for stack in calibrator.stacks}
+    stacks = {stack.target: stack for calibrator in calibrators for stack in calibrator.stacks}
     return Calibration(
-        records_of(tasks), stats, {target: members[target] for target in stats}, model, dict(settings or {})
+        records_of(tasks),
+        stats,
+        {target: stacks[target].tasks for target in stats},
+        model,
+        dict(settings or {}),
+        {target: stacks[target].signature for target in stats},
     )
 
 

@@ -33,6 +33,8 @@ def save_calibration(calibration: Calibration, path: Path, overwrite: bool = Fal
         tensors[f"{index}.gram"] = stats.gram[:, rows, columns]
         tensors[f"{index}.tokens"] = stats.tokens
         tensors[f"{index}.nonfinite"] = stats.nonfinite
+        if target in calibration.signatures:
+            tensors[f"{index}.signature"] = calibration.signatures[target]
         stacks.append(
             {
                 "module_path": target.module_path,
@@ -86,10 +88,15 @@ def load_calibration(path: Path) -> Calibration:
             raise ValueError("a strength is not finite")
         stats: dict[Target, GramStats] = {}
         stack_tasks: dict[Target, tuple[int, ...]] = {}
+        signatures: dict[Target, Tensor] = {}
         for index, stack in enumerate(header["stacks"]):
             target, members, one = _stack(index, stack, tensors, len(tasks))
             stats[target], stack_tasks[target] = one, members
-        return Calibration(tasks, stats, stack_tasks, str(header["model"]), dict(header["settings"]))
+            if f"{index}.signature" in tensors:
+                signatures[target] = tensors[f"{index}.signature"].double()
+                if signatures[target].shape != (sum(one.ranks),):
+                    raise ValueError(f"signature of {target}")
+        return Calibration(tasks, stats, stack_tasks, str(header["model"]), dict(header["settings"]), signatures)
     except FileError:
         raise
     except (

@@ -133,6 +133,13 @@ class LayerStack:
         return torch.cat([block.coordinates.basis for block in self.blocks])
 
     @property
+    def signature(self) -> Tensor:
+        """(R',) float64: the coordinates of one fixed vector, to recognise the same basis by."""
+        generator = torch.Generator().manual_seed(self.in_features)
+        fixed = torch.randn(self.in_features, generator=generator, dtype=torch.float64)
+        return self.basis.to("cpu", torch.float64) @ fixed
+
+    @property
     def basis_ranks(self) -> tuple[int, ...]:
         """Rows of `basis` that belong to each block."""
         return tuple(block.coordinates.basis.shape[0] for block in self.blocks)

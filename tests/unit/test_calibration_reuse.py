@@ -20,6 +20,7 @@ from torch import nn
 from demo.loras import SIGMA, noise, plant_loras, write_lora
 from demo.model import StubTransformer, key_map
 from ssr_core import (
+    Adapter,
     Calibration,
     GramStats,
     IncompatibleError,
@@ -165,3 +166,14 @@ def test_other_strengths_on_fixed_inputs_are_exact():
     a, b = merge(now, SSRMerge(), calibration), merge(now, SSRMerge(), fresh)
     assert rel(a.layers[LAYER].delta(), b.layers[LAYER].delta()) < 1e-12
     assert isinstance(fresh, Calibration)
+
+
+def test_statistics_of_another_basis_are_refused_even_under_the_same_name_and_rank():
+    """A forged hash, or coordinates that came out differently on another machine."""
+    calibration = calibration_of((0, 1))
+    assert merge(TASKS[:2], SSRMerge(), calibration).report.layers[0].status == "routed"
+    forged = Adapter(TASKS[1].name, TASKS[1].adapter.fingerprint, {LAYER: lora(77, OUT, IN, RANK)})
+    other = [TASKS[0], Task(forged, prompts=TASKS[1].prompts)]
+    with pytest.raises(IncompatibleError, match="coordinates") as caught:
+        merge(other, SSRMerge(), calibration)
+    assert caught.value.layer == "layer"
