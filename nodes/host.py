@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,12 @@ import torch
 from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor
 
-from ..ssr_core import FileError, IncompatibleError, KeyTarget, LoRALayer, MergeResult, Part, Tap, Target, TextRows
+from ..ssr_core import FileError, IncompatibleError, KeyTarget, LoRALayer, Part, Tap, TextRows
 from .model_info import key_target, root_of, weight_shapes
 from .sampling import evaluate
 
 CoreKeyMap = Mapping[str, Any]
 """Base name in a LoRA file -> key as ComfyUI's `add_patches` takes it (a string or a tuple)."""
-
-CALIBRATION_FOLDER, CALIBRATION_SUFFIX = "calibrations", ".calibration.safetensors"
 
 SCHEDULERS: list[str] = list(comfy.samplers.SCHEDULER_NAMES)
 
@@ -77,46 +75,6 @@ def lora_path(name: str) -> Path:
 def convert_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """ComfyUI's renaming of the few formats that its key map does not know (BFL control, Wan Fun, USO)."""
     return dict(comfy.lora_convert.convert_lora(tensors))
-
-
-def output_path(prefix: str, suffix: str, folder: str = "") -> Path:
-    """A new file below the output folder, numbered like ComfyUI's own files.
-
-    Args:
-        prefix: What the user typed: a name, possibly with folders.
-        suffix: End of the file name.
-        folder: Folder of the output folder that it is confined to.
-
-    Raises:
-        FileError: The prefix leads outside.
-    """
-    root = (Path(folder_paths.get_output_directory()) / folder).resolve()
-    cleaned = prefix.replace("\\", "/").strip()
-    if not cleaned or cleaned.endswith("/") or not (root / cleaned).resolve().is_relative_to(root):
-        raise FileError(
-            "the name leads outside the output folder.", file=prefix, remedy="use a name like loras/merged."
-        )
-    directory, name, counter, _, _ = folder_paths.get_save_image_path(cleaned, str(root))
-    return Path(directory) / f"{name}_{counter:05}_{suffix}"
-
-
-def _calibration_root() -> Path:
-    return Path(folder_paths.get_output_directory(), CALIBRATION_FOLDER).resolve()
-
-
-def calibration_files() -> list[str]:
-    """Saved calibrations, by name below their folder."""
-    root = _calibration_root()
-    return sorted(str(path.relative_to(root).as_posix()) for path in root.rglob(f"*{CALIBRATION_SUFFIX}"))
-
-
-def calibration_path(name: str) -> Path:
-    """Full path of a listed calibration; confined to its folder."""
-    root = _calibration_root()
-    path = (root / name).resolve()
-    if not path.is_relative_to(root):
-        raise FileError("the name leads outside the output folder.", file=name)
-    return path
 
 
 def compute_device(model: Any) -> torch.device:
@@ -305,33 +263,19 @@ def is_out_of_memory(err: BaseException) -> bool:
     return bool(comfy.model_management.is_oom(err))
 
 
-def apply(owner: Any, part: Part, result: MergeResult) -> Any:
-    """A clone of MODEL or CLIP with the merged adapter as ordinary weight patches.
-
-    Raises:
-        IncompatibleError: The host did not take a patch.
-    """
-    clone = owner.clone()
-    patches: dict[Any, Any] = {}
-    for target, layer in result.layers.items():
-        if target.part == part:
-            patches[_patch_key(target, "weight")] = _host_adapter(layer)
-    for (target, parameter), value in result.vectors.items():
-        if target.part == part:
-            patches[_patch_key(target, parameter)] = ("diff", (value,))
-    taken = set(clone.add_patches(patches, 1.0))
-    refused = [key for key in patches if key not in taken]
-    if refused:
-        raise IncompatibleError("the model has no such parameter.", layer=str(refused[0]))
-    return clone
+def output_directory() -> Path:
+    """ComfyUI's output folder."""
+    return Path(folder_paths.get_output_directory()).resolve()
 
 
-def _patch_key(target: Target, parameter: str) -> Any:
-    key = f"{target.module_path}.{parameter}"
-    return key if target.out_slice is None else (key, (0, *target.out_slice))
+def numbered_file(prefix: str, root: Path, suffix: str) -> Path:
+    """A new file below `root`, numbered like ComfyUI's own files; its folder is made."""
+    directory, name, counter, _, _ = folder_paths.get_save_image_path(prefix, str(root))
+    return Path(directory) / f"{name}_{counter:05}_{suffix}"
 
 
-def _host_adapter(layer: LoRALayer) -> LoRAAdapter:
+def lora_adapter(layer: LoRALayer) -> LoRAAdapter:
+    """A low-rank change as the host's own weight patch."""
     up, down = layer.up, layer.down
     if layer.kernel:
         down = down.reshape(layer.rank, -1, *layer.kernel)
@@ -339,55 +283,11 @@ def _host_adapter(layer: LoRALayer) -> LoRAAdapter:
     return LoRAAdapter(set(), (up, down, layer.alpha, None, None, None))
 
 
-def apply_host_patches(
-    owner: Any, tensors: Mapping[str, Tensor], names: Iterable[str], strength: float, core: CoreKeyMap
-) -> Any:
-    """A clone with some keys of a LoRA file as the host's own patches (DoRA, LoHa and the like).
-
-    Raises:
-        IncompatibleError: The host itself cannot apply one of the keys.
-    """
-    chosen = {name.removeprefix("base_model.model."): tensors[name] for name in names}
-    try:
-        patches = comfy.lora.load_lora(chosen, dict(core), log_missing=False)
-    except KeyError as err:
-        raise IncompatibleError(
-            f"{err.args[0]} is missing beside its partner.", remedy="export the LoRA again, or leave it out."
-        ) from err
-    clone = owner.clone()
-    taken = set(clone.add_patches(patches, strength))
-    lost = _unused(chosen, patches) + [str(key) for key in patches if key not in taken]
-    if lost:
-        raise IncompatibleError(
-            f"ComfyUI itself cannot apply {lost[0]}.", remedy="leave this LoRA out, or remove these keys from it."
-        )
-    return clone
+def read_patches(tensors: Mapping[str, Tensor], core: CoreKeyMap) -> dict[Any, Any]:
+    """Patches by host key, as ComfyUI's LoRA loader makes them."""
+    return dict(comfy.lora.load_lora(dict(tensors), dict(core), log_missing=False))
 
 
-def with_vectors(owner: Any, vectors: Mapping[tuple[Target, str], Tensor], strength: float) -> Any:
-    """A clone with changes of biases and norms as weight patches."""
-    clone = owner.clone()
-    clone.add_patches({_patch_key(*key): ("diff", (value,)) for key, value in vectors.items()}, strength)
-    return clone
-
-
-def _unused(tensors: Mapping[str, Tensor], patches: Mapping[Any, Any]) -> list[str]:
-    """Keys of a file that no patch was made from."""
-    used = {name for patch in patches.values() for name in getattr(patch, "loaded_keys", ())}
-    plain = (".diff", ".diff_b", ".w_norm", ".b_norm", ".set_weight")
-    count = sum(isinstance(patch, tuple) for patch in patches.values())
-    vectors = [name for name in tensors if name.endswith(plain) and name not in used]
-    lost = [name for name in tensors if name not in used and name not in vectors]
-    return lost + vectors[count:]
-
-
-def reload_patches(path: Path, core: CoreKeyMap) -> tuple[dict[Any, Any], list[str]]:
-    """Load a LoRA file the way ComfyUI's LoraLoader does.
-
-    Returns:
-        Patches by host key, and the keys that the loader did not take.
-    """
-    tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
-    converted = comfy.lora_convert.convert_lora(tensors)
-    patches = comfy.lora.load_lora(converted, dict(core), log_missing=False)
-    return patches, _unused(converted, patches)
+def load_file(path: Path) -> dict[str, Tensor]:
+    """A LoRA file as ComfyUI's LoraLoader reads it."""
+    return convert_names(comfy.utils.load_torch_file(str(path), safe_load=True))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..ssr_core import IncompatibleError, KeyTarget, Part, Task, read_adapter
-from . import host
+from . import host, patches
 from .entries import LoRAEntries
 
 
@@ -60,7 +60,7 @@ def pass_through(loaded: Loaded, index: int, part: Part, owner: Any, core_keys: 
     if not names or strength == 0:
         return owner
     try:
-        return host.apply_host_patches(owner, loaded.tensors[index], names, strength, core_keys)
+        return patches.apply_host_patches(owner, loaded.tensors[index], names, strength, core_keys)
     except IncompatibleError as err:
         raise IncompatibleError(err.what, file=task.name, remedy=err.remedy) from err
 
@@ -71,5 +71,5 @@ def alone(loaded: Loaded, index: int, part: Part, owner: Any, core_keys: Mapping
     vectors = {key: value for key, value in task.adapter.vectors.items() if key[0].part == part}
     strength = task.strength(part)
     if vectors and strength != 0:
-        owner = host.with_vectors(owner, vectors, strength)
+        owner = patches.with_vectors(owner, vectors, strength)
     return pass_through(loaded, index, part, owner, core_keys)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ssr_core import FileError, IncompatibleError, KeyStyle, MergeResult, atomic_path, to_tensors, write_safetensors
-from . import host
+from .patches import reload_patches
 from .pipeline import MergedLoRA, MergeOrigin
 
 TOLERANCE = 2
@@ -47,7 +47,7 @@ def save_lora(lora: Mapping[str, Tensor], path: Path, style: KeyStyle) -> None:
 
 def _verify(temporary: Path, path: Path, origin: MergeOrigin) -> None:
     """Compare the file, as ComfyUI loads it, with the live merge on random inputs."""
-    patches, unused = host.reload_patches(temporary, origin.core_keys)
+    patches, unused = reload_patches(temporary, origin.core_keys)
     if unused:
         raise FileError(
             f"ComfyUI would not load {len(unused)} keys, e.g. {unused[0]}; nothing was saved.", file=path.name

@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..ssr_core import KEY_STYLES, KeyStyle, load_calibration, save_calibration
-from . import host, pipeline, saving
+from . import paths, pipeline, saving
 from .entries import file_hash
 from .options import CATEGORY, LORA_MODEL, SSR_CALIBRATION
 
@@ -41,7 +41,7 @@ class SSRSaveCalibration(io.ComfyNode):
     @classmethod
     def execute(cls, calibration: pipeline.CalibrationSocket, filename_prefix: str) -> io.NodeOutput:
         """Write the file."""
-        path = host.output_path(filename_prefix, host.CALIBRATION_SUFFIX, host.CALIBRATION_FOLDER)
+        path = paths.output_path(filename_prefix, paths.CALIBRATION_SUFFIX, paths.CALIBRATION_FOLDER)
         save_calibration(calibration.calibration, path)
         return io.NodeOutput(str(path), ui=ui.PreviewText(str(path)))
 
@@ -61,7 +61,7 @@ class SSRLoadCalibration(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "calibration",
-                    options=host.calibration_files(),
+                    options=paths.calibration_files(),
                     tooltip="A file that SSR Save Calibration wrote. Press R after saving a new one.",
                 )
             ],
@@ -71,12 +71,12 @@ class SSRLoadCalibration(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, calibration: str | None = None, **_: Any) -> str:
         """The file's content."""
-        return "" if calibration is None else file_hash(host.calibration_path(calibration))
+        return "" if calibration is None else file_hash(paths.calibration_path(calibration))
 
     @classmethod
     def execute(cls, calibration: str) -> io.NodeOutput:
         """Read the file."""
-        return io.NodeOutput(pipeline.socket_of(load_calibration(host.calibration_path(calibration)), ()))
+        return io.NodeOutput(pipeline.socket_of(load_calibration(paths.calibration_path(calibration)), ()))
 
 
 class SSRSaveLoRA(io.ComfyNode):
@@ -117,6 +117,6 @@ class SSRSaveLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, lora: Mapping[str, Tensor], filename_prefix: str, key_style: KeyStyle) -> io.NodeOutput:
         """Write, check, rename."""
-        path = host.output_path(filename_prefix, ".safetensors")
+        path = paths.output_path(filename_prefix, ".safetensors")
         saving.save_lora(lora, path, key_style)
         return io.NodeOutput(str(path), ui=ui.PreviewText(str(path)))

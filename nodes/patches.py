@@ -1,0 +1,91 @@
+"""Merged adapters and other keys of LoRA files as weight patches on MODEL and CLIP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..ssr_core import IncompatibleError, MergeResult, Part, Target
+from . import host
+
+
+def apply(owner: Any, part: Part, result: MergeResult) -> Any:
+    """A clone of MODEL or CLIP with the merged adapter as ordinary weight patches.
+
+    Raises:
+        IncompatibleError: The host did not take a patch.
+    """
+    clone = owner.clone()
+    patches: dict[Any, Any] = {}
+    for target, layer in result.layers.items():
+        if target.part == part:
+            patches[_patch_key(target, "weight")] = host.lora_adapter(layer)
+    for (target, parameter), value in result.vectors.items():
+        if target.part == part:
+            patches[_patch_key(target, parameter)] = ("diff", (value,))
+    taken = set(clone.add_patches(patches, 1.0))
+    refused = [key for key in patches if key not in taken]
+    if refused:
+        raise IncompatibleError("the model has no such parameter.", layer=str(refused[0]))
+    return clone
+
+
+def _patch_key(target: Target, parameter: str) -> Any:
+    key = f"{target.module_path}.{parameter}"
+    return key if target.out_slice is None else (key, (0, *target.out_slice))
+
+
+def apply_host_patches(
+    owner: Any, tensors: Mapping[str, Tensor], names: Iterable[str], strength: float, core: host.CoreKeyMap
+) -> Any:
+    """A clone with some keys of a LoRA file as the host's own patches (DoRA, LoHa and the like).
+
+    Raises:
+        IncompatibleError: The host itself cannot apply one of the keys.
+    """
+    chosen = {name.removeprefix("base_model.model."): tensors[name] for name in names}
+    try:
+        patches = host.read_patches(chosen, core)
+    except KeyError as err:
+        raise IncompatibleError(
+            f"{err.args[0]} is missing beside its partner.", remedy="export the LoRA again, or leave it out."
+        ) from err
+    clone = owner.clone()
+    taken = set(clone.add_patches(patches, strength))
+    lost = _unused(chosen, patches) + [str(key) for key in patches if key not in taken]
+    if lost:
+        raise IncompatibleError(
+            f"ComfyUI itself cannot apply {lost[0]}.", remedy="leave this LoRA out, or remove these keys from it."
+        )
+    return clone
+
+
+def with_vectors(owner: Any, vectors: Mapping[tuple[Target, str], Tensor], strength: float) -> Any:
+    """A clone with changes of biases and norms as weight patches."""
+    clone = owner.clone()
+    clone.add_patches({_patch_key(*key): ("diff", (value,)) for key, value in vectors.items()}, strength)
+    return clone
+
+
+def _unused(tensors: Mapping[str, Tensor], patches: Mapping[Any, Any]) -> list[str]:
+    """Keys of a file that no patch was made from."""
+    used = {name for patch in patches.values() for name in getattr(patch, "loaded_keys", ())}
+    plain = (".diff", ".diff_b", ".w_norm", ".b_norm", ".set_weight")
+    count = sum(isinstance(patch, tuple) for patch in patches.values())
+    vectors = [name for name in tensors if name.endswith(plain) and name not in used]
+    lost = [name for name in tensors if name not in used and name not in vectors]
+    return lost + vectors[count:]
+
+
+def reload_patches(path: Path, core: host.CoreKeyMap) -> tuple[dict[Any, Any], list[str]]:
+    """Load a LoRA file the way ComfyUI's LoraLoader does.
+
+    Returns:
+        Patches by host key, and the keys that the loader did not take.
+    """
+    tensors = host.load_file(path)
+    patches = host.read_patches(tensors, core)
+    return patches, _unused(tensors, patches)
