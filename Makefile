@@ -10,8 +10,9 @@ help:
 	@echo "make demo                            merge three small LoRAs, results in demo_output/"
 	@echo "make test                            everything that needs no ComfyUI"
 	@echo "make lint                            ruff and a strict type check"
-	@echo "make test-host COMFYUI_PATH=<path>   the real ComfyUI: loaders, server, KSampler"
+	@echo "make test-host COMFYUI_PATH=<path>   the real ComfyUI: loaders, server, KSampler (HOST_PYTHON=its python, ARGS='-k name')"
 	@echo "make bench-padding, bench-batching   measurements behind two defaults (docs/benchmarks/)"
+	@echo "make clean                           remove the virtual environment and all outputs"
 
 $(STAMP): requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,10 +30,11 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# Runs in ComfyUI's own Python: set HOST_PYTHON where it is not the one on the path.
+# Runs in ComfyUI's own Python with pytest (and playwright and Debian's chromium, for the example workflows):
+# set HOST_PYTHON where it is not the one on the path; ARGS="-k name" selects tests.
 HOST_PYTHON ?= $(PYTHON)
 test-host:
-	COMFYUI_PATH=$(COMFYUI_PATH) $(HOST_PYTHON) -m pytest tests/host -rs -p no:cacheprovider
+	COMFYUI_PATH=$(COMFYUI_PATH) $(HOST_PYTHON) -m pytest tests/host -rs -p no:cacheprovider $(ARGS)
 
 bench-padding: $(STAMP)
 	$(PY) -m benchmarks.padding

@@ -113,7 +113,7 @@ def main() -> None:
     draw_report(best.report, errors, OUTPUT / "report.png")
 
     print(f"Merged {len(tasks)} LoRAs ({', '.join(DIALECTS)} keys) on a small stub transformer in {seconds:.1f} s.")
-    print(_held_out_text(errors))
+    print(_held_out_text(errors).replace("## Held-out noise\n\n", ""))
     print(f"See {OUTPUT}/report.png, report.md, report.json and merged.safetensors.")
 
 
@@ -123,7 +123,8 @@ def _run(model: StubTransformer, prompt: str, seed: int) -> None:
 
 def _held_out_text(errors: Mapping[str, float]) -> str:
     return (
-        "\nReconstruction error on noise that calibration did not see (0: every LoRA acts as if it were alone):\n\n"
+        "\n## Held-out noise\n\n"
+        "Reconstruction error on noise that calibration did not see (0: every LoRA acts as if it were alone):\n\n"
         "| SSR | plain sum | average |\n|---|---|---|\n"
         f"| {errors['ssr']:.3f} | {errors['sum']:.3f} | {errors['average']:.3f} |\n"
     )

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from ssr_core import atomic_path, write_safetensors
 
 from .model import StubTransformer, key_map
 
@@ -102,4 +103,5 @@ def write_lora(model: StubTransformer, lora: dict[str, tuple[Tensor, Tensor]], p
                 rows = up[start : start + length].reshape(length, -1, *(1 for _ in kernel))
                 tensors[base + ".lora_A.weight"] = down4.clone().contiguous()
                 tensors[base + ".lora_B.weight"] = rows.contiguous().clone()
-    save_file(tensors, path, {"format": "pt"})
+    with atomic_path(path, overwrite=True) as temporary:
+        write_safetensors(temporary, tensors, {"format": "pt"})

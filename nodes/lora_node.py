@@ -75,7 +75,9 @@ class SSRLoRA(io.ComfyNode):
                     "the strengths. Write one prompt line for each LoRA of the stack.",
                 ),
             ],
-            outputs=[SSR_LORA.Output(display_name="loras")],
+            outputs=[
+                SSR_LORA.Output(display_name="loras", tooltip="For SSR Merge, SSR Calibrate or the next SSR LoRA.")
+            ],
         )
 
     @classmethod

@@ -34,13 +34,13 @@ def prompt_warnings(names: Sequence[str], prompts: Sequence[Sequence[str]]) -> l
         if not any(prompt.strip() for prompt in own):
             warnings.append(
                 f"{name} has no calibration prompt. Write what it was trained on, with its trigger word; "
-                "without prompts that differ the router becomes the average."
+                "prompts that differ are what the router learns from."
             )
     for (name_a, a), (name_b, b) in combinations(zip(names, prompts, strict=True), 2):
         if [p.strip() for p in a] == [p.strip() for p in b] and any(p.strip() for p in a):
             warnings.append(
-                f"{name_a} and {name_b} have the same prompt: the router cannot tell them apart and averages them. "
-                "Name in each prompt what only that LoRA shows."
+                f"{name_a} and {name_b} have the same prompt: the router has little to tell them apart by, and "
+                "averages them where their signals are equal. Name in each prompt what only that LoRA shows."
             )
     return warnings
 

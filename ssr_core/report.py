@@ -160,7 +160,7 @@ class MergeReport:
         if self.notes:
             lines += ["", "## Notes", "", *(f"- {note}" for note in self.notes)]
         lines += ["", "## What to do next", ""]
-        lines += [f"- {warning}" for warning in self.warnings] or ["- Nothing: no problem was found."]
+        lines += [f"- {warning}" for warning in self.warnings] or ["- Nothing: use the merge."]
         return "\n".join(lines) + "\n"
 
 

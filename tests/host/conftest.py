@@ -33,8 +33,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def checkout() -> Path:
-    if not (CHECKOUT / "comfy" / "model_patcher.py").is_file():
+    if not os.environ.get("COMFYUI_PATH"):
         pytest.skip("COMFYUI_PATH is not set to a ComfyUI checkout: nothing in tests/host can run")
+    assert (CHECKOUT / "comfy" / "model_patcher.py").is_file(), f"COMFYUI_PATH={CHECKOUT} is no ComfyUI checkout"
     return CHECKOUT.resolve()
 
 

@@ -108,7 +108,7 @@ GRAPHS = {
         *SDXL,
         ONE,
         TWO,
-        ("merge", "SSRMerge", 440, 150, {"width": 1024, "height": 1024}, MERGE, None),
+        ("merge", "SSRMerge", 440, 150, {"width": 512, "height": 512}, MERGE, None),
         ("report", "PreviewAny", 440, 900, {}, {"source": "merge.4"}, "Report"),
         *sampling("a", "merge.0", "merge.1", "ckpt.2", 0, "a photo of sks dog and zwx cat sitting together on a sofa"),
         note(
@@ -128,7 +128,7 @@ GRAPHS = {
             "SSRMerge",
             440,
             150,
-            {"width": 768, "height": 768},
+            {"width": 512, "height": 512},
             {"model": "unet.0", "clip": "clips.0", "loras.lora0": "one.0", "loras.lora1": "two.0"},
             None,
         ),
@@ -146,7 +146,7 @@ GRAPHS = {
         *SDXL,
         ONE,
         TWO,
-        ("calibrate", "SSRCalibrate", 440, 0, {"width": 1024, "height": 1024}, MERGE, None),
+        ("calibrate", "SSRCalibrate", 440, 0, {"width": 512, "height": 512}, MERGE, None),
         (
             "solve1",
             "SSRSolve",
@@ -183,7 +183,7 @@ GRAPHS = {
         *SDXL,
         ONE,
         TWO,
-        ("merge", "SSRMerge", 440, 150, {"width": 1024, "height": 1024}, MERGE, None),
+        ("merge", "SSRMerge", 440, 150, {"width": 512, "height": 512}, MERGE, None),
         ("savelora", "SSRSaveLoRA", 900, 0, {"filename_prefix": "loras/dog_and_cat"}, {"lora": "merge.2"}, None),
         (
             "savecal",
