@@ -179,7 +179,7 @@ def run_calibration_pass(
 
     def attach(executor: Any, *args: Any, **kwargs: Any) -> Any:
         # The guider may have swapped in another patcher; hook the module that will really run.
-        with tap.attached(executor.class_obj.model_patcher.model), _layers_called_as_modules():
+        with tap.attached(executor.class_obj.model_patcher.model), layers_called_as_modules():
             return executor(*args, **kwargs)
 
     clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "ssr_merge", attach)
@@ -205,7 +205,7 @@ _STRIPPED_WRAPPERS = (
 
 
 @contextmanager
-def _layers_called_as_modules() -> Iterator[None]:
+def layers_called_as_modules() -> Iterator[None]:
     """INT8 models hand some layers' weights to a fused kernel; for the block they are called, so that hooks fire."""
     original = getattr(comfy.ops, "linear_input_act", None)
     if original is None:  # ComfyUI before 0.27

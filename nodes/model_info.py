@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -77,11 +77,18 @@ def model_identity(model: Any) -> str:
     for key in sorted(model.patches):
         for strength, patch, *_ in model.patches[key]:
             digest.update(f"{key}{strength}{type(patch).__name__}".encode())
-            weights = getattr(patch, "weights", patch[1] if isinstance(patch, tuple) else ())
-            for value in weights if isinstance(weights, list | tuple) else ():
-                if isinstance(value, Tensor):
-                    digest.update(_sample(value))
+            for value in _tensors_in(getattr(patch, "weights", patch)):
+                digest.update(_sample(value))
     return digest.hexdigest()
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors of a patch, however its kind nests them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors_in(item)
 
 
 def _sample(weight: Any) -> bytes:

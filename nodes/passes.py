@@ -111,7 +111,11 @@ class _Passes:
         encoded: _Prepared = []
         for prompt in entry.prompts:
             host.check_cancel()
-            with tap.attached(root_of("clip", clip)), host.text_rows(clip, tap.describe_text) as masks:
+            with (
+                tap.attached(root_of("clip", clip)),
+                host.layers_called_as_modules(),
+                host.text_rows(clip, tap.describe_text) as masks,
+            ):
                 conditioning = host.encode(clip, prompt)
             encoded.append((conditioning, _rows_of(conditioning, masks, self.model)))
         return ready or encoded

@@ -55,7 +55,10 @@ def apply_host_patches(
         ) from err
     clone = owner.clone()
     taken = set(clone.add_patches(patches, strength))
-    lost = _unused(chosen, patches) + [str(key) for key in patches if key not in taken]
+    # ComfyUI makes the nonsense key "().bias" of a bias of some rows; say what the file calls it
+    nameless = [name for name in chosen if name.endswith(".diff_b")]
+    refused = [str(key) for key in patches if key not in taken]
+    lost = _unused(chosen, patches) + [nameless[0] if key.startswith("()") else key for key in refused]
     if lost:
         raise IncompatibleError(
             f"ComfyUI itself cannot apply {lost[0]}.", remedy="leave this LoRA out, or remove these keys from it."

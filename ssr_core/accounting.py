@@ -23,7 +23,7 @@ def layer_report(
     stack: LayerStack, factors: MergedFactors, stats: GramStats | None, method: MergeMethod
 ) -> LayerReport:
     """What one stack's answer does, measured on the calibration tokens."""
-    seen = stats is not None and stats.complete
+    seen = stats is not None and (stats.complete or not sum(stats.ranks))  # nothing to see where all downs are zero
     status: LayerStatus = "merged" if not method.needs_calibration else "routed" if seen else "anchored"
     view = factors.view
     if stats is None:

@@ -87,7 +87,7 @@ def _anchored(layers: Sequence[LayerReport]) -> list[str]:
     causes = {
         "model": "They are merged by the anchor. If there are many, the MODEL calls them in a way that hooks miss.",
         "clip": "They are merged by the anchor. If a CONDITIONING replaces the prompts, write a prompt beside it: the "
-        "text encoder learns from that.",
+        "text encoder learns from that. If CLIP was not connected then, calibrate again with it.",
     }
     for part, advice in causes.items():
         own = [layer for layer in layers if layer.target.part == part]

@@ -107,14 +107,16 @@ class Calibration:
         """
         origin = stack.origin or stack.target
         wanted = [records[task] for task in stack.tasks]
-        for index in wanted:
-            if self.tasks[index].strength(stack.target.part) == 0:
-                raise IncompatibleError(
-                    f"it was calibrated at strength 0 on the {stack.target.part}, or without one.",
-                    file=self.tasks[index].name,
-                    layer=str(stack.target),
-                    remedy="calibrate again, with strengths other than 0 and the same MODEL and CLIP connected.",
-                )
+        off = [index for index in wanted if self.tasks[index].strength(stack.target.part) == 0]
+        if len(off) == len(wanted):  # the whole part was not calibrated
+            return None
+        if off:
+            raise IncompatibleError(
+                f"it was calibrated at strength 0 on the {stack.target.part}, or without one.",
+                file=self.tasks[off[0]].name,
+                layer=str(stack.target),
+                remedy="calibrate again, with strengths other than 0 and the same MODEL and CLIP connected.",
+            )
         stats = self.stats.get(origin)
         known = self.stack_tasks.get(origin, ())
         if stats is None or any(index not in known for index in wanted):

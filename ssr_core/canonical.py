@@ -47,8 +47,14 @@ def row_basis(down: Tensor) -> RowBasis:
         dependent = r.diagonal().abs() <= DEPENDENT_TOLERANCE * largest
         if not bool(dependent.any()):
             break
+        # Beyond the first dependent row QR's directions are arbitrary: judge the rest by what is known so far.
+        first = int(dependent.nonzero()[0])
+        known, rest = q[:, :first], down[rows[first:]]
+        for _ in range(2):  # twice is enough
+            rest = rest - (rest @ known) @ known.T
         keep = torch.ones(len(rows), dtype=torch.bool)
-        keep[: len(dependent)] = ~dependent.cpu()
+        keep[first:] = (rest.norm(dim=1) > DEPENDENT_TOLERANCE * largest).cpu()
+        keep[first] = False
         rows = rows[keep]
     sign = torch.where(r.diagonal() < 0, -1.0, 1.0).to(r)
     basis = (q * sign).T.contiguous()

@@ -91,7 +91,7 @@ def merge(
     layers: dict[Target, LoRALayer] = {}
     reports: list[LayerReport] = []
     apart: Separabilities = {}
-    order = sorted(shared, key=lambda stack: stack.rank)
+    order = sorted(shared, key=_bytes_to_solve, reverse=True)  # equal ranks together; the largest sizes a chunk
     at = 0
     while at < len(order):
         chunk = order[at : at + _layers_at_once(order[at])]
@@ -164,12 +164,19 @@ class _Statistics:
         self._calibration, self._unseen, self._needed = calibration, unseen, method.needs_calibration
         self._records = [] if calibration is None else calibration.match_active(tasks)
 
+    def _covers(self, stack: LayerStack) -> bool:
+        """Whether every LoRA of the stack was active on this part of the model during calibration."""
+        assert self._calibration is not None
+        records = [self._calibration.tasks[self._records[task]] for task in stack.tasks]
+        return all(record.strength(stack.target.part) != 0 for record in records)
+
     def of(self, stack: LayerStack) -> GramStats | None:
         """Statistics of one stack, None without a calibration."""
-        if self._calibration is None:
+        if self._calibration is None or (not self._needed and not self._covers(stack)):
             return None
         stats = self._calibration.stats_for(stack, self._records)
-        if self._needed and self._unseen == "refuse" and (stats is None or not stats.complete):
+        missing = stats is None or not stats.complete
+        if self._needed and self._unseen == "refuse" and missing and sum(stack.basis_ranks) > 0:
             raise CalibrationError(
                 "the layer never ran for one of its LoRAs during calibration.",
                 layer=str(stack.target),
@@ -178,11 +185,15 @@ class _Statistics:
         return stats
 
 
-def _layers_at_once(stack: LayerStack) -> int:
-    """Layers solved between two calls of `tick`: about 512 MiB of Grams and factors in float64."""
+def _bytes_to_solve(stack: LayerStack) -> int:
+    """Grams and factors of one layer in float64."""
     r = sum(stack.rank_bounds)
-    need = 8 * (r * r * (len(stack.blocks) + 4) + r * (stack.in_features + stack.out_features))
-    return max(1, min(LAYERS_AT_ONCE, (1 << 29) // max(1, need)))
+    return 8 * (r * r * (len(stack.blocks) + 4) + r * (stack.in_features + stack.out_features))
+
+
+def _layers_at_once(largest: LayerStack) -> int:
+    """Layers solved between two calls of `tick`: about 512 MiB."""
+    return max(1, min(LAYERS_AT_ONCE, (1 << 29) // max(1, _bytes_to_solve(largest))))
 
 
 def _input_dtype(tasks: Sequence[Task]) -> torch.dtype:

@@ -109,6 +109,8 @@ class _Reader:
     def read_group(self, group: Mapping[str, Spelled], entry: KeyTarget) -> dict[str, KeyRecord]:
         """Read the tensors of one base name."""
         roles = {spelled.role for spelled in group.values()}
+        if roles == {"alpha"}:  # left over by a tool that pruned the factors; loaders pass over it
+            return {key: KeyRecord(key, "unmatched", entry.target, "alpha without factors") for key in group}
         factors = {s.role: key for key, s in group.items() if s.role in ("up", "down", "mid")}
         reason = self._why_unsupported(group, roles, entry)
         if reason:
@@ -150,8 +152,6 @@ class _Reader:
             return f"the parameter {entry.parameter} of shape {entry.weight_shape} is no matrix"
         if "up" in roles and "diff" in roles:
             return "low-rank factors and a full difference of the same weight"
-        if not roles - {"alpha"}:
-            return "alpha without factors"
         if ("diff" in roles or "w_norm" in roles) and len(entry.weight_shape) > 1:
             return "a full difference of a matrix is not low-rank"
         return ""

@@ -34,7 +34,7 @@ FATE_WORDS: Mapping[KeyFate, str] = {
     "host_patch": "applied to the MODEL or CLIP as the host's own patch, not in the saved file",
     "refused": "refused",
     "shadowed": "given twice in the file, the later name counts (as in ComfyUI)",
-    "unmatched": "not in the connected model",
+    "unmatched": "not used",
 }
 
 

@@ -177,3 +177,19 @@ def test_statistics_of_another_basis_are_refused_even_under_the_same_name_and_ra
     with pytest.raises(IncompatibleError, match="coordinates") as caught:
         merge(other, SSRMerge(), calibration)
     assert caught.value.layer == "layer"
+
+
+@pytest.mark.parametrize("method", [SumMerge(), SSRMerge()], ids=lambda method: method.name)
+def test_a_part_that_nobody_calibrated_is_merged_by_the_anchor(method):
+    """CLIP connected only after calibration: nothing is refused, and nothing pretends to be routed."""
+    te = Target("te", None, "clip")
+    layers = [{LAYER: TASKS[k].adapter.layers[LAYER], te: lora(60 + k, 5, 7, 2)} for k in range(2)]
+    now = [task(f"t{k}", layers[k]) for k in range(2)]
+    then = [Task(one.adapter, 1.0, 0.0, one.prompts) for one in now]
+    calibration = calibrated(linear64(IN, OUT), then, [[x] for x in TOKENS[:2]])
+    result = merge(now, method, calibration)
+    expected = sum(one[te].delta() for one in layers)
+    assert rel(result.layers[te].delta(), expected) < 1e-12
+    if method.needs_calibration:
+        assert {str(r.target): r.status for r in result.report.layers} == {"layer": "routed", "te": "anchored"}
+        assert any("te" in warning and "CLIP" in warning for warning in result.report.warnings)

@@ -91,6 +91,19 @@ def test_dependent_rows_get_no_coordinate_of_their_own():
     assert empty.basis.shape == (0, 9) and empty.mix.shape == (2, 0)
 
 
+def test_sparse_rows_lose_nothing_beside_a_dependent_one():
+    """Axis-aligned rows: QR's arbitrary direction for a dependent row may be a later row's own."""
+    axes = torch.eye(5, dtype=F64)
+    generator = torch.Generator().manual_seed(5)
+    cases = [axes[[0, 0, 1]], torch.cat([torch.zeros(1, 5, dtype=F64), axes[:2]])]
+    cases += [torch.randint(-1, 2, (4 + n % 5, 5), generator=generator).to(F64) for n in range(300)]
+    for down in cases:
+        basis, mix = row_basis(down)
+        assert basis.shape[0] == torch.linalg.matrix_rank(down)
+        assert (mix @ basis - down).abs().max() < 1e-12
+        assert (basis @ basis.T - torch.eye(len(basis), dtype=F64)).norm() < 1e-12
+
+
 def test_a_layer_of_zeros_merges_and_its_calibration_can_be_kept(tmp_path):
     layers = [lora(1, 5, 8, 2), lora(2, 5, 8, 2), LoRALayer(torch.zeros(2, 8, dtype=F64), randn(3, 5, 2))]
     tasks = [task(f"t{k}", layer) for k, layer in enumerate(layers)]

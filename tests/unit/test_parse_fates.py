@@ -35,7 +35,6 @@ UNSUPPORTED = {
     "replaces": {"lora_unet_fc.set_weight": torch.ones(OUT, IN)},
     "missing": {"lora_unet_fc.lora_up.weight": UP, "lora_unet_fc.alpha": torch.tensor(1.0)},
     "missing ": {"lora_unet_fc.lora_mid.weight": torch.ones(2, 2, 1, 1)},
-    "alpha without": {"lora_unet_fc.alpha": torch.tensor(1.0)},
     "several spellings": {"lora_unet_fc.lora_up.weight": UP, "lora_unet_fc.lora_A.weight": DOWN},
     "same weight": {
         "lora_unet_fc.lora_up.weight": UP,
@@ -43,6 +42,14 @@ UNSUPPORTED = {
         "lora_unet_fc.diff": torch.ones(OUT, IN),
     },
 }
+
+
+def test_an_alpha_without_factors_is_reported_and_refuses_nothing():
+    """Tools that prune layers leave it behind; ComfyUI's loader passes over it."""
+    adapter, by_key = records({"lora_unet_fc.alpha": torch.tensor(1.0), **GOOD})
+    assert set(adapter.layers) == {Target("ok")} and not adapter.keys_with("unsupported")
+    record = by_key["lora_unet_fc.alpha"]
+    assert (record.status, record.reason) == ("unmatched", "alpha without factors")
 
 
 @pytest.mark.parametrize("reason", UNSUPPORTED)
