@@ -27,6 +27,16 @@ _CLIP_TIP = "Encodes the prompts; its LoRA layers are merged too. Not needed if 
 _ALIASES = ["merge lora", "lora merge", "combine characters", "combine loras", "two characters", "identity bleed"]
 
 
+def _calibration_sockets() -> list[io.Input]:
+    return [
+        io.Model.Input("model", tooltip=_MODEL_TIP),
+        io.Clip.Input("clip", optional=True, tooltip=_CLIP_TIP),
+        lora_sockets(minimum=1),
+        *calibration_inputs(),
+        *optional_calibration_inputs(),
+    ]
+
+
 def _merge_outputs() -> list[io.Output]:
     return [
         io.Model.Output(display_name="MODEL", tooltip="The model with the merged LoRA; goes straight into KSampler."),
@@ -53,11 +63,7 @@ class SSRMergeNode(io.ComfyNode):
             "signals belong to it, and a least-squares router sends them there. No training.",
             search_aliases=_ALIASES,
             inputs=[
-                io.Model.Input("model", tooltip=_MODEL_TIP),
-                io.Clip.Input("clip", optional=True, tooltip=_CLIP_TIP),
-                lora_sockets(minimum=1),
-                *calibration_inputs(),
-                *optional_calibration_inputs(),
+                *_calibration_sockets(),
                 *solve_inputs(),
             ],
             outputs=[
@@ -94,13 +100,7 @@ class SSRCalibrate(io.ComfyNode):
             description="Runs the calibration passes of SSR Merge once. SSR Solve then merges from them in a second, at "
             "any strength and ridge, with any subset of the LoRAs.",
             search_aliases=[*_ALIASES, "calibration"],
-            inputs=[
-                io.Model.Input("model", tooltip=_MODEL_TIP),
-                io.Clip.Input("clip", optional=True, tooltip=_CLIP_TIP),
-                lora_sockets(minimum=1),
-                *calibration_inputs(),
-                *optional_calibration_inputs(),
-            ],
+            inputs=_calibration_sockets(),
             outputs=[
                 SSR_CALIBRATION.Output(display_name="CALIBRATION", tooltip="For SSR Solve and SSR Save Calibration."),
                 io.String.Output(display_name="report", tooltip="What each pass saw."),

@@ -18,7 +18,6 @@ def apply(owner: Any, part: Part, result: MergeResult) -> Any:
     Raises:
         IncompatibleError: The host did not take a patch.
     """
-    clone = owner.clone()
     patches: dict[Any, Any] = {}
     for target, layer in result.layers.items():
         if target.part == part:
@@ -26,7 +25,22 @@ def apply(owner: Any, part: Part, result: MergeResult) -> Any:
     for (target, parameter), value in result.vectors.items():
         if target.part == part:
             patches[_patch_key(target, parameter)] = ("diff", (value,))
-    taken = set(clone.add_patches(patches, 1.0))
+    return _patched(owner, patches, 1.0)
+
+
+def with_vectors(owner: Any, vectors: Mapping[tuple[Target, str], Tensor], strength: float) -> Any:
+    """A clone with changes of biases and norms as weight patches.
+
+    Raises:
+        IncompatibleError: The model lacks one of the parameters.
+    """
+    return _patched(owner, {_patch_key(*key): ("diff", (value,)) for key, value in vectors.items()}, strength)
+
+
+def _patched(owner: Any, patches: Mapping[Any, Any], strength: float) -> Any:
+    """A clone with patches, all of which have to be taken: ComfyUI drops unknown ones in silence."""
+    clone = owner.clone()
+    taken = set(clone.add_patches(patches, strength))
     refused = [key for key in patches if key not in taken]
     if refused:
         raise IncompatibleError("the model has no such parameter.", layer=str(refused[0]))
@@ -63,13 +77,6 @@ def apply_host_patches(
         raise IncompatibleError(
             f"ComfyUI itself cannot apply {lost[0]}.", remedy="leave this LoRA out, or remove these keys from it."
         )
-    return clone
-
-
-def with_vectors(owner: Any, vectors: Mapping[tuple[Target, str], Tensor], strength: float) -> Any:
-    """A clone with changes of biases and norms as weight patches."""
-    clone = owner.clone()
-    clone.add_patches({_patch_key(*key): ("diff", (value,)) for key, value in vectors.items()}, strength)
     return clone
 
 
