@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ssr_core import FileError, IncompatibleError, content_hash, read_safetensors, tensors_hash
+from ..ssr_core import (
+    ConvertOptions,
+    FileError,
+    IncompatibleError,
+    TaskRecord,
+    content_hash,
+    read_safetensors,
+    tensors_hash,
+)
 from . import host
 
 
@@ -28,6 +36,7 @@ class LoRAEntry:
         conditioning: Replaces the prompts for the diffusion model.
         file: Name in the loras folders, if it comes from a file.
         tensors: Its tensors, if it comes from a LORA_MODEL.
+        convert: How changes that are not low-rank are converted.
     """
 
     name: str
@@ -38,6 +47,7 @@ class LoRAEntry:
     conditioning: list[Any] | None = field(default=None, repr=False)
     file: str | None = None
     tensors: Mapping[str, Tensor] | None = field(default=None, repr=False)
+    convert: ConvertOptions = field(default_factory=ConvertOptions)
 
     @property
     def identity(self) -> tuple[str, ...]:
@@ -162,20 +172,28 @@ def flatten(groups: Mapping[str, LoRAEntries] | None) -> LoRAEntries:
     return tuple(entry for group in (groups or {}).values() if group for entry in group)
 
 
-def entry_from_record(name: str, sha256: str, model: float, clip: float, prompts: tuple[str, ...]) -> LoRAEntry:
+def entry_from_record(record: TaskRecord) -> LoRAEntry:
     """Find the LoRA file that a saved calibration speaks of: by its name, in any folder, checked by content.
 
     Raises:
         FileError: No file of this name has this content.
     """
-    base = Path(name).name
+    base = Path(record.name).name
     # Only files of the same name are hashed: a library of hundreds of LoRAs would take minutes.
-    for file in sorted(host.lora_files(), key=lambda other: other != name):
-        if Path(file).name == base and file_hash(host.lora_path(file)) == sha256:
-            return LoRAEntry(file, sha256, model, clip, prompts, file=file)
+    for file in sorted(host.lora_files(), key=lambda other: other != record.name):
+        if Path(file).name == base and file_hash(host.lora_path(file)) == record.fingerprint:
+            return LoRAEntry(
+                file,
+                record.fingerprint,
+                record.strength_model,
+                record.strength_clip,
+                record.prompts,
+                file=file,
+                convert=record.convert_options or ConvertOptions(),
+            )
     raise FileError(
-        f"no LoRA file of this name has the content that was calibrated (sha256 {sha256[:16]}…).",
-        file=name,
+        f"no LoRA file of this name has the content that was calibrated (sha256 {record.fingerprint[:16]}…).",
+        file=record.name,
         remedy="put the file back into a loras folder, connect it as SSR LoRA to loras, or calibrate again.",
     )
 

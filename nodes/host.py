@@ -23,7 +23,7 @@ from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor
 
 from ..ssr_core import FileError, IncompatibleError, KeyTarget, LoRALayer, Part, Tap, TextRows
-from .model_info import key_target, root_of, weight_shapes
+from .model_info import key_target, root_of, tapped_modules, weight_shapes
 from .sampling import evaluate
 
 CoreKeyMap = Mapping[str, Any]
@@ -47,9 +47,10 @@ def key_map(model: Any | None, clip: Any | None) -> dict[str, KeyTarget]:
     for part, names, owner in parts:
         if owner is None:
             continue
-        shapes = weight_shapes(root_of(part, owner))
+        root = root_of(part, owner)
+        shapes, tapped = weight_shapes(root), tapped_modules(root)
         for name, key in names.items():
-            entry = key_target(part, key, shapes)
+            entry = key_target(part, key, shapes, tapped)
             if entry is not None:
                 entries[name] = entry
     return entries

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from ..ssr_core import IncompatibleError, KeyTarget, Part, Task, read_adapter
+from ..ssr_core import (
+    Adapter,
+    Converted,
+    DenseGroup,
+    IncompatibleError,
+    KeyTarget,
+    Part,
+    Task,
+    convert,
+    converted_groups,
+    read_adapter,
+)
 from . import host, patches
-from .entries import LoRAEntries
+from .conversion import DenseChanges
+from .entries import LoRAEntries, LoRAEntry
+
+CONVERSION_SHARE = 0.2
+"""Of the progress bar, where there is anything to convert."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +38,21 @@ class Loaded:
     tensors: tuple[Mapping[str, Tensor], ...] = field(repr=False)
 
 
-def load(entries: LoRAEntries, model: Any, clip: Any | None) -> Loaded:
+def load(
+    entries: LoRAEntries,
+    model: Any,
+    clip: Any | None,
+    progress: host.Progress,
+    known: Sequence[Adapter] = (),
+) -> Loaded:
     """Read the LoRAs for the connected MODEL and CLIP; those of strength 0 everywhere are left out.
+
+    Args:
+        entries: The LoRAs.
+        model: The MODEL.
+        clip: The CLIP, if one is connected.
+        progress: Moves while LoHa, LoKr, DoRA and the like are converted.
+        known: Adapters that were converted earlier for the same weights; their factors are taken over.
 
     Raises:
         IncompatibleError: Nothing is enabled, or a LoRA does not fit.
@@ -36,15 +64,46 @@ def load(entries: LoRAEntries, model: Any, clip: Any | None) -> Loaded:
         raise IncompatibleError(
             "no LoRA is enabled.", remedy="connect at least one SSR LoRA that is enabled, with a strength other than 0."
         )
-    tensors, tasks = [], []
+    tensors, adapters = [], []
     for entry in used:
         host.check_cancel()
         content = entry.load()
-        adapter = read_adapter(content, key_map, name=entry.name, fingerprint=entry.sha256)
-        clip_strength = entry.strength_clip if clip is not None else 0.0
-        tasks.append(Task(adapter, entry.strength_model, clip_strength, entry.identity))
+        adapters.append(read_adapter(content, key_map, name=entry.name, fingerprint=entry.sha256))
         tensors.append(content)
+    progress.stage(progress.reached, CONVERSION_SHARE, sum(len(adapter.dense) for adapter in adapters))
+    core_keys = dict(zip(("model", "clip"), host.core_key_map(model, clip), strict=True))
+    tasks = []
+    for entry, content, adapter in zip(used, tensors, adapters, strict=True):
+        strengths: dict[Part, float] = {
+            "model": entry.strength_model,
+            "clip": 0.0 if clip is None else entry.strength_clip,
+        }
+        changes = DenseChanges(
+            entry.name, content, {"model": model, "clip": clip}, core_keys, strengths, host.compute_device(model)
+        )
+        converted = convert(
+            adapter,
+            entry.convert,
+            changes,
+            parts=[part for part, strength in strengths.items() if strength != 0],
+            known=_reusable(entry, adapter, known),
+            tick=progress.step,
+        )
+        tasks.append(Task(converted, strengths["model"], strengths["clip"], entry.identity))
     return Loaded(tuple(used), tuple(tasks), key_map, tuple(tensors))
+
+
+def _reusable(entry: LoRAEntry, adapter: Adapter, known: Sequence[Adapter]) -> dict[DenseGroup, Converted]:
+    """Groups that were converted before with the same options, on weights that the caller vouches for."""
+    found: dict[DenseGroup, Converted] = {}
+    for old in known:
+        if old.fingerprint == adapter.fingerprint and old.convert_options == entry.convert:
+            found.update(
+                (group, one)
+                for group, one in converted_groups(old).items()
+                if group.target.part == "model" and not group.bends
+            )
+    return found
 
 
 def pass_through(loaded: Loaded, index: int, part: Part, owner: Any, core_keys: Mapping[str, Any]) -> Any:
@@ -56,6 +115,22 @@ def pass_through(loaded: Loaded, index: int, part: Part, owner: Any, core_keys: 
     task = loaded.tasks[index]
     records = task.adapter.keys_with("unsupported")
     names = [record.key for record in records if record.target is not None and record.target.part == part]
+    return _host_patched(loaded, index, part, owner, names, core_keys)
+
+
+def rest(loaded: Loaded, index: int, part: Part, owner: Any, core_keys: Mapping[str, Any]) -> Any:
+    """MODEL or CLIP with what conversion cut off one LoRA: its own keys, less the factors that were kept."""
+    task = loaded.tasks[index]
+    kept = [one.group for one in task.adapter.conversions if one.rest_kept and one.group.target.part == part]
+    owner = _host_patched(loaded, index, part, owner, [key for group in kept for key in group.keys], core_keys)
+    layers = {group.target: task.adapter.layers[group.target] for group in kept}
+    return patches.with_layers(owner, layers, -task.strength(part)) if kept else owner
+
+
+def _host_patched(
+    loaded: Loaded, index: int, part: Part, owner: Any, names: Sequence[str], core_keys: Mapping[str, Any]
+) -> Any:
+    task = loaded.tasks[index]
     strength = task.strength(part)
     if not names or strength == 0:
         return owner
@@ -66,10 +141,18 @@ def pass_through(loaded: Loaded, index: int, part: Part, owner: Any, core_keys: 
 
 
 def alone(loaded: Loaded, index: int, part: Part, owner: Any, core_keys: Mapping[str, Any]) -> Any:
-    """MODEL or CLIP with what hooks cannot apply of one LoRA: its biases, norms and keys that are not low-rank."""
+    """MODEL or CLIP with what hooks cannot apply of one LoRA.
+
+    That is: its biases and norms, layers that the model reads without calling them, keys that are not
+    low-rank, and what conversion cut off.
+    """
     task = loaded.tasks[index]
-    vectors = {key: value for key, value in task.adapter.vectors.items() if key[0].part == part}
     strength = task.strength(part)
+    vectors = {key: value for key, value in task.adapter.vectors.items() if key[0].part == part}
+    untapped = {t: layer for t, layer in task.adapter.layers.items() if t in task.adapter.untapped and t.part == part}
     if vectors and strength != 0:
         owner = patches.with_vectors(owner, vectors, strength)
-    return pass_through(loaded, index, part, owner, core_keys)
+    if untapped and strength != 0:
+        owner = patches.with_layers(owner, untapped, strength)
+    owner = pass_through(loaded, index, part, owner, core_keys)
+    return rest(loaded, index, part, owner, core_keys)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..ssr_core import IncompatibleError
+from ..ssr_core import RESTS, ConvertOptions, IncompatibleError, Rest
 from . import host
 from .entries import (
     LoRAEntries,
@@ -19,6 +20,7 @@ from .entries import (
 from .options import CATEGORY, LORA_MODEL, LORA_STACK, SSR_LORA
 
 NO_FILE = "None"
+_CONVERT = ConvertOptions()
 
 
 class SSRLoRA(io.ComfyNode):
@@ -74,6 +76,7 @@ class SSRLoRA(io.ComfyNode):
                     tooltip="A stack of (name, model strength, CLIP strength) from another pack; replaces the file and "
                     "the strengths. Write one prompt line for each LoRA of the stack.",
                 ),
+                *_conversion_inputs(),
             ],
             outputs=[
                 SSR_LORA.Output(display_name="loras", tooltip="For SSR Merge, SSR Calibrate or the next SSR LoRA.")
@@ -97,9 +100,13 @@ class SSRLoRA(io.ComfyNode):
         conditioning: list[Any] | None = None,
         lora_model: dict[str, Any] | None = None,
         lora_stack: list[Any] | None = None,
+        convert_rank: int = _CONVERT.max_rank,
+        convert_error: float = _CONVERT.tolerance,
+        residual: Rest = _CONVERT.rest,
     ) -> io.NodeOutput:
         """Make the entry; nothing is read but the file's hash."""
         before = previous or ()
+        convert = ConvertOptions(convert_rank, convert_error, residual)
         if not enabled:
             return io.NodeOutput(before)
         if lora_model is not None and lora_stack is not None:
@@ -111,7 +118,8 @@ class SSRLoRA(io.ComfyNode):
                 remedy="write one prompt line for each LoRA of the stack, or use one SSR LoRA for each.",
             )
         if lora_stack is not None:
-            return io.NodeOutput((*before, *entries_from_stack(lora_stack, prompts)))
+            stacked = entries_from_stack(lora_stack, prompts)
+            return io.NodeOutput((*before, *(replace(entry, convert=convert) for entry in stacked)))
         if lora_model is not None:
             entry = entry_from_tensors(lora_model, strength_model, strength_clip, lines, conditioning)
         elif lora != NO_FILE:
@@ -120,4 +128,41 @@ class SSRLoRA(io.ComfyNode):
             raise IncompatibleError(
                 "SSR LoRA has no LoRA.", remedy="choose a file, connect a LORA_MODEL or a stack, or switch it off."
             )
-        return io.NodeOutput((*before, entry))
+        return io.NodeOutput((*before, replace(entry, convert=convert)))
+
+
+def _conversion_inputs() -> list[io.Input]:
+    """Optional, so that graphs saved before they existed still run."""
+    return [
+        io.Int.Input(
+            "convert_rank",
+            default=_CONVERT.max_rank,
+            min=0,
+            max=1024,
+            optional=True,
+            advanced=True,
+            tooltip="Only for LoHa, LoKr, DoRA, OFT, GLoRA and full differences: the largest rank of a layer that they "
+            "are turned into. 128 recommended; more keeps more and costs memory and time. 0: do not convert.",
+        ),
+        io.Float.Input(
+            "convert_error",
+            default=_CONVERT.tolerance,
+            min=0.0,
+            max=1.0,
+            step=0.0001,
+            round=0.000001,
+            optional=True,
+            advanced=True,
+            tooltip="The relative error that a converted layer may have; the smallest rank that keeps it is taken. "
+            "0.001 recommended.",
+        ),
+        io.Combo.Input(
+            "residual",
+            options=list(RESTS),
+            default=_CONVERT.rest,
+            optional=True,
+            advanced=True,
+            tooltip="What convert_rank cuts off: pass_through (recommended) applies it to MODEL and CLIP as an ordinary "
+            "patch, the saved file lacks it; drop leaves it out. The report says how much it is.",
+        ),
+    ]

@@ -76,14 +76,14 @@ class SSRMergeNode(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, loras: dict[str, LoRAEntries], clip: Any = None, **values: Any) -> io.NodeOutput:
         """Calibrate, solve, apply."""
-        loaded = load(flatten(loras), model, clip)
         progress = host.Progress(model)
+        loaded = load(flatten(loras), model, clip, progress)
         options = solve_options(values)
         check_unsupported(loaded.tasks, options.unsupported)
         calibration = passes.calibrate(loaded, model, clip, calibration_options(values), progress)
         merged = pipeline.solve(loaded, model, clip, calibration, options, progress)
         text = merged.report.to_markdown()
-        socket = pipeline.socket_of(calibration, loaded.entries)
+        socket = pipeline.socket_of(calibration, loaded)
         return io.NodeOutput(merged.model, merged.clip, merged.lora, socket, text, ui=ui.PreviewText(text))
 
 
@@ -110,9 +110,10 @@ class SSRCalibrate(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, loras: dict[str, LoRAEntries], clip: Any = None, **values: Any) -> io.NodeOutput:
         """Run the passes."""
-        loaded = load(flatten(loras), model, clip)
-        calibration = passes.calibrate(loaded, model, clip, calibration_options(values), host.Progress(model))
-        socket = pipeline.socket_of(calibration, loaded.entries)
+        progress = host.Progress(model)
+        loaded = load(flatten(loras), model, clip, progress)
+        calibration = passes.calibrate(loaded, model, clip, calibration_options(values), progress)
+        socket = pipeline.socket_of(calibration, loaded)
         text = pipeline.calibration_report(socket)
         return io.NodeOutput(socket, text, ui=ui.PreviewText(text))
 
@@ -162,9 +163,8 @@ class SSRSolve(io.ComfyNode):
     ) -> io.NodeOutput:
         """Solve and apply."""
         entries = parse_strengths(strengths, pipeline.entries_of(calibration, flatten(loras)))
-        loaded = load(entries, model, clip)
-        merged = pipeline.solve(
-            loaded, model, clip, calibration.calibration, solve_options(values), host.Progress(model)
-        )
+        progress = host.Progress(model)
+        loaded = load(entries, model, clip, progress, calibration.known(model))
+        merged = pipeline.solve(loaded, model, clip, calibration.calibration, solve_options(values), progress)
         text = merged.report.to_markdown()
         return io.NodeOutput(merged.model, merged.clip, merged.lora, text, ui=ui.PreviewText(text))

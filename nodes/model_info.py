@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -39,7 +39,22 @@ def weight_shapes(root: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def key_target(part: Part, key: Any, shapes: Mapping[str, tuple[int, ...]]) -> KeyTarget | None:
+def tapped_modules(root: torch.nn.Module) -> set[str]:
+    """Paths of the modules whose call is a linear map with their weight, so that hooks see it at work.
+
+    By what they look like: quantised layers are no `nn.Linear`. Embeddings, gates that multiply with
+    a weight of their own and grouped convolutions are none of them.
+    """
+    return {
+        name
+        for name, module in root.named_modules()
+        if hasattr(module, "in_features") or (hasattr(module, "kernel_size") and getattr(module, "groups", 1) == 1)
+    }
+
+
+def key_target(
+    part: Part, key: Any, shapes: Mapping[str, tuple[int, ...]], tapped: Collection[str]
+) -> KeyTarget | None:
     """One entry of the host's key map as the engine takes it; None if the model has no such rows."""
     parameter, offset, function = (key, None, None) if isinstance(key, str) else (*key, None)[:3]
     shape = shapes.get(parameter)
@@ -58,7 +73,7 @@ def key_target(part: Part, key: Any, shapes: Mapping[str, tuple[int, ...]]) -> K
     if function is not None:
         count = shape[0] if rows is None else rows[1]
         order = tuple(int(i) for i in function(torch.arange(count, dtype=torch.float32)[:, None])[:, 0])
-    return KeyTarget(Target(module_path, rows, part), shape, order, name)
+    return KeyTarget(Target(module_path, rows, part), shape, order, name, module_path in tapped)
 
 
 def model_identity(model: Any) -> str:

@@ -70,7 +70,7 @@ class _Passes:
         self.noise = host.shared_noise(self.latent, options.seed)
         self.core_keys = host.core_key_map(model, clip)
         passes = sum(1 if e.conditioning is not None else len(e.prompts) for e in loaded.entries)
-        progress.stage(0.0, CALIBRATION_SHARE, passes * (len(self.sigmas) - 1))
+        progress.stage(progress.reached, CALIBRATION_SHARE, passes * (len(self.sigmas) - 1))
 
     def run(self, index: int, model_calibrator: Calibrator, clip_calibrator: Calibrator) -> None:
         """All prompts of one LoRA; its statistics count only if every pass succeeds."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..ssr_core import IncompatibleError, MergeResult, Part, Target
+from ..ssr_core import IncompatibleError, LoRALayer, MergeResult, Part, Target
 from . import host
 
 
@@ -35,6 +35,15 @@ def with_vectors(owner: Any, vectors: Mapping[tuple[Target, str], Tensor], stren
         IncompatibleError: The model lacks one of the parameters.
     """
     return _patched(owner, {_patch_key(*key): ("diff", (value,)) for key, value in vectors.items()}, strength)
+
+
+def with_layers(owner: Any, layers: Mapping[Target, LoRALayer], strength: float) -> Any:
+    """A clone with low-rank layers as weight patches.
+
+    Raises:
+        IncompatibleError: The model lacks one of the layers.
+    """
+    return _patched(owner, {_patch_key(t, "weight"): host.lora_adapter(one) for t, one in layers.items()}, strength)
 
 
 def _patched(owner: Any, patches: Mapping[Any, Any], strength: float) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..ssr_core import (
+    Adapter,
     Calibration,
     KeyTarget,
     MergeMethod,
@@ -21,7 +22,7 @@ from ..ssr_core import (
 )
 from . import host, patches
 from .entries import LoRAEntries, entry_from_record
-from .loading import Loaded, pass_through
+from .loading import Loaded, pass_through, rest
 from .model_info import model_identity
 from .options import SolveOptions
 
@@ -37,6 +38,11 @@ class CalibrationSocket(NamedTuple):
     calibration: Calibration
     entries: LoRAEntries
     tensors: tuple[Tensor, ...]
+    converted: tuple[Adapter, ...] = ()
+
+    def known(self, model: Any) -> tuple[Adapter, ...]:
+        """Converted LoRAs, if this is the model that they were converted for."""
+        return self.converted if self.converted and self.calibration.model == model_identity(model) else ()
 
 
 class MergedLoRA(dict[str, Tensor]):
@@ -90,10 +96,11 @@ def solve(
     unet, text = host.core_key_map(model, clip)
     same_model = calibration is None or calibration.model == model_identity(model)
     report = _with_remarks(result.report, calibration, options, same_model)
-    if options.unsupported == "pass_through":  # before the merge: a replaced weight must not wipe that out
-        for index in range(len(loaded.tasks)):
-            model = pass_through(loaded, index, "model", model, unet)
-            clip = clip if clip is None else pass_through(loaded, index, "clip", clip, text)
+    # before the merge: a replaced weight must not wipe that out
+    for index in range(len(loaded.tasks)):
+        for apply in (rest, pass_through) if options.unsupported == "pass_through" else (rest,):
+            model = apply(loaded, index, "model", model, unet)
+            clip = clip if clip is None else apply(loaded, index, "clip", clip, text)
     new_model = patches.apply(model, "model", result)
     new_clip = patches.apply(clip, "clip", result) if clip is not None else None
     extra = {"dtype": options.dtype, "calibrated_on_this_model": same_model}
@@ -116,10 +123,13 @@ def _with_remarks(
     return replace(report, warnings=tuple(warnings), notes=tuple(notes))
 
 
-def socket_of(calibration: Calibration, entries: LoRAEntries) -> CalibrationSocket:
-    """Pack a calibration for its link."""
-    tensors = tuple(t for stats in calibration.stats.values() for t in (stats.gram, stats.tokens))
-    return CalibrationSocket(calibration, entries, tensors)
+def socket_of(calibration: Calibration, loaded: Loaded | None = None) -> CalibrationSocket:
+    """Pack a calibration for its link, with the LoRAs that it took long to convert."""
+    tasks = () if loaded is None else loaded.tasks
+    converted = tuple(task.adapter for task in tasks if task.adapter.conversions)
+    tensors = [t for stats in calibration.stats.values() for t in (stats.gram, stats.tokens)]
+    tensors += [t for adapter in converted for layer in adapter.layers.values() for t in (layer.down, layer.up)]
+    return CalibrationSocket(calibration, () if loaded is None else loaded.entries, tuple(tensors), converted)
 
 
 def entries_of(socket: CalibrationSocket, override: LoRAEntries) -> LoRAEntries:
@@ -128,10 +138,7 @@ def entries_of(socket: CalibrationSocket, override: LoRAEntries) -> LoRAEntries:
         return override
     if socket.entries:
         return socket.entries
-    return tuple(
-        entry_from_record(r.name, r.fingerprint, r.strength_model, r.strength_clip, r.prompts)
-        for r in socket.calibration.tasks
-    )
+    return tuple(entry_from_record(record) for record in socket.calibration.tasks)
 
 
 def calibration_report(socket: CalibrationSocket) -> str:

@@ -76,7 +76,7 @@ class SSRLoadCalibration(io.ComfyNode):
     @classmethod
     def execute(cls, calibration: str) -> io.NodeOutput:
         """Read the file."""
-        return io.NodeOutput(pipeline.socket_of(load_calibration(paths.calibration_path(calibration)), ()))
+        return io.NodeOutput(pipeline.socket_of(load_calibration(paths.calibration_path(calibration))))
 
 
 class SSRSaveLoRA(io.ComfyNode):

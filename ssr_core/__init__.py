@@ -4,7 +4,7 @@ Needs torch, safetensors and numpy; never imports ComfyUI. The README's "Headles
 few calls that a merge takes.
 """
 
-from .adapters import Adapter, KeyRecord, LoRALayer
+from .adapters import RESTS, Adapter, Conversion, ConvertOptions, DenseGroup, KeyRecord, LoRALayer, Rest
 from .advice import prompt_warnings
 from .calibration import (
     Calibration,
@@ -15,6 +15,7 @@ from .calibration import (
     records_of,
 )
 from .calibration_io import load_calibration, save_calibration
+from .conversion import Converted, convert, converted_groups
 from .emit import KEY_STYLES, KeyStyle, to_tensors
 from .errors import (
     CalibrationError,
@@ -47,6 +48,10 @@ __all__ = [
     "Calibration",
     "CalibrationError",
     "Calibrator",
+    "Conversion",
+    "ConvertOptions",
+    "Converted",
+    "DenseGroup",
     "FileAccount",
     "FileError",
     "GainsMerge",
@@ -69,6 +74,8 @@ __all__ = [
     "PaddingMode",
     "PaperMerge",
     "Part",
+    "RESTS",
+    "Rest",
     "SSRMerge",
     "SSRMergeError",
     "SolveError",
@@ -86,6 +93,8 @@ __all__ = [
     "check_memory",
     "check_unsupported",
     "content_hash",
+    "convert",
+    "converted_groups",
     "describe",
     "load_calibration",
     "memory_need",

@@ -75,6 +75,8 @@ def account(index: int, task: Task, reports: Sequence[LayerReport], passed_throu
             fate = "strength_0"
         elif record.status == "unsupported":
             fate = "host_patch" if passed_through else "refused"
+        elif record.status == "converted":
+            fate = "converted"
         elif record.status == "vector":
             fate = "summed"
         else:
@@ -82,7 +84,8 @@ def account(index: int, task: Task, reports: Sequence[LayerReport], passed_throu
         fates.append(fate)
         if record.reason:
             details.append((record.key, fate, record.reason))
-    return FileAccount(task.name, len(fates), count_fates(fates), tuple(details))
+    errors = [one.error for one in task.adapter.conversions]
+    return FileAccount(task.name, len(fates), count_fates(fates), tuple(details), max(errors, default=None))
 
 
 def _owner(target: Target, by_module: Mapping[tuple[str, str], list[LayerReport]]) -> LayerReport:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .errors import IncompatibleError
 from .targets import Target
 
-KeyStatus = Literal["low_rank", "vector", "unsupported", "shadowed", "unmatched"]
+KeyStatus = Literal["low_rank", "converted", "vector", "unsupported", "shadowed", "unmatched"]
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,79 @@ class KeyRecord:
         key: The key as the file spells it.
         status: What reading made of it.
         target: The target it belongs to, where it has one.
-        reason: Why it is unsupported, shadowed or unmatched; empty otherwise.
+        reason: Why it is unsupported, shadowed or unmatched, or what it was converted to; empty otherwise.
     """
 
     key: str
     status: KeyStatus
     target: Target | None = None
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class DenseGroup:
+    """Keys of one file that change one parameter in a way that is not low-rank (LoHa, LoKr, DoRA ...).
+
+    Attributes:
+        target: Module and rows.
+        parameter: Name of the parameter inside the module.
+        keys: The file's keys that belong to the change.
+        kind: What it is, for reports.
+        weight_shape: Shape of the whole parameter.
+        is_map: Whether the parameter is the matrix of a linear map (else its change is simply added).
+        bends: Whether the change is not proportional to the strength.
+    """
+
+    target: Target
+    parameter: str
+    keys: tuple[str, ...]
+    kind: str
+    weight_shape: tuple[int, ...]
+    is_map: bool = True
+    bends: bool = False
+
+    @property
+    def change_shape(self) -> tuple[int, ...]:
+        """Shape of the change: the target's rows of the parameter."""
+        rows = self.weight_shape[0] if self.target.out_slice is None else self.target.out_slice[1]
+        return (rows, *self.weight_shape[1:])
+
+
+Rest = Literal["pass_through", "drop"]
+RESTS: tuple[Rest, ...] = ("pass_through", "drop")
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """How changes that are not low-rank are converted.
+
+    Attributes:
+        max_rank: Largest rank of a layer; 0 converts nothing.
+        tolerance: Relative error (Frobenius) that a layer may have; the smallest rank that keeps it.
+        rest: What becomes of the part that `max_rank` cuts off: the host applies it as a patch of its
+            own, or it is dropped.
+    """
+
+    max_rank: int = 128
+    tolerance: float = 1e-3
+    rest: Rest = "pass_through"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a change that is not low-rank became.
+
+    Attributes:
+        group: The keys.
+        rank: Rank of the factors; 0 for a vector, which is exact.
+        error: Relative error (Frobenius) of the factors.
+        rest_kept: Whether the host applies what the factors leave out as a patch of its own.
+    """
+
+    group: DenseGroup
+    rank: int
+    error: float
+    rest_kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +145,10 @@ class Adapter:
         layers: Low-rank changes by target.
         vectors: Changes of biases and norms, by (target, parameter name): same shape as the parameter.
         records: One entry for each key of the file.
+        dense: Changes that are not low-rank and not converted (yet); their keys are unsupported.
+        conversions: What was converted.
+        convert_options: How its changes that are not low-rank were converted, if they were.
+        untapped: Targets whose module hooks cannot watch (the model reads the weight without calling it).
     """
 
     name: str
@@ -86,6 +156,10 @@ class Adapter:
     layers: Mapping[Target, LoRALayer]
     vectors: Mapping[tuple[Target, str], Tensor] = field(default_factory=dict)
     records: tuple[KeyRecord, ...] = ()
+    dense: tuple[DenseGroup, ...] = ()
+    conversions: tuple[Conversion, ...] = ()
+    convert_options: ConvertOptions | None = None
+    untapped: frozenset[Target] = frozenset()
 
     def keys_with(self, status: KeyStatus) -> list[KeyRecord]:
         """Records of one status."""

@@ -70,6 +70,7 @@ def warnings_for(
             f"{bad} tokens were NaN or infinite and were left out, most of them in {worst.target}. "
             "Run the model in bfloat16 or float32."
         )
+    warnings += [sentence for task in active for sentence in _truncated(task)]
     warnings += _anchored([layer for layer in reports if layer.status == "anchored"])
     for task in active:
         missing = task.adapter.keys_with("unmatched")
@@ -79,6 +80,22 @@ def warnings_for(
                 f"{missing[0].key}: {missing[0].reason}."
             )
     return warnings
+
+
+def _truncated(task: Task) -> list[str]:
+    """What the rank limit cut off a LoRA's converted layers."""
+    options = task.adapter.convert_options
+    short = [one for one in task.adapter.conversions if options is not None and one.error > options.tolerance]
+    if not short:
+        return []
+    worst = max(short, key=lambda one: one.error)
+    fate = (
+        "is applied to the MODEL as a patch of its own and is not in the saved file" if worst.rest_kept else "is lost"
+    )
+    return [
+        f"{len(short)} converted layers of {task.name} hold more than rank {worst.rank}: what is left of them, up to "
+        f"{worst.error:.0%} ({worst.group.target}), {fate}. A larger convert_rank at its SSR LoRA keeps more."
+    ]
 
 
 def _anchored(layers: Sequence[LayerReport]) -> list[str]:

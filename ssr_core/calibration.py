@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .adapters import ConvertOptions
 from .errors import CalibrationError, IncompatibleError
 from .gram import GramAccumulator, GramStats
 from .padding import PaddingMode
@@ -30,6 +31,7 @@ class TaskRecord:
         strength_model: Strength on the diffusion model during calibration.
         strength_clip: Strength on the text encoder during calibration.
         prompts: The calibration prompts; for a CONDITIONING input, its content hash.
+        convert_options: How its changes that are not low-rank were converted, if they were.
     """
 
     name: str
@@ -37,6 +39,7 @@ class TaskRecord:
     strength_model: float
     strength_clip: float
     prompts: tuple[str, ...]
+    convert_options: ConvertOptions | None = None
 
     def strength(self, part: Part) -> float:
         """Strength on one part of the model during calibration."""
@@ -148,12 +151,12 @@ class Calibrator:
     """Gathers statistics task by task; a pass that fails leaves nothing behind.
 
     Args:
-        stacks: The stacks of one part of the model.
+        stacks: The stacks of one part of the model; those that hooks cannot watch are left out.
         padding: How padded text tokens count.
     """
 
     def __init__(self, stacks: Sequence[LayerStack], padding: PaddingMode = "balance") -> None:
-        self.stacks = list(stacks)
+        self.stacks = [stack for stack in stacks if stack.tapped]
         self.padding: PaddingMode = padding
         self._done: dict[tuple[Target, int], GramAccumulator] = {}
 
@@ -223,7 +226,12 @@ def assemble(
 
 def records_of(tasks: Sequence[Task]) -> tuple[TaskRecord, ...]:
     """Records of tasks as they are being calibrated."""
-    return tuple(TaskRecord(t.name, t.adapter.fingerprint, t.strength_model, t.strength_clip, t.prompts) for t in tasks)
+    return tuple(
+        TaskRecord(
+            t.name, t.adapter.fingerprint, t.strength_model, t.strength_clip, t.prompts, t.adapter.convert_options
+        )
+        for t in tasks
+    )
 
 
 def calibrate(

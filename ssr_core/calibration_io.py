@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .adapters import RESTS, ConvertOptions
 from .calibration import Calibration, TaskRecord
 from .errors import CalibrationError, FileError
 from .files import atomic_path, json_text, read_safetensors, write_safetensors
@@ -46,7 +48,7 @@ def save_calibration(calibration: Calibration, path: Path, overwrite: bool = Fal
         )
     header = {
         "version": VERSION,
-        "tasks": [vars(record) for record in calibration.tasks],
+        "tasks": [asdict(record) for record in calibration.tasks],
         "stacks": stacks,
         "model": calibration.model,
         "settings": calibration.settings,
@@ -81,6 +83,7 @@ def load_calibration(path: Path) -> Calibration:
                 float(t["strength_model"]),
                 float(t["strength_clip"]),
                 tuple(str(p) for p in t["prompts"]),
+                _convert_options(t.get("convert_options")),
             )
             for t in header["tasks"]
         )
@@ -112,6 +115,15 @@ def load_calibration(path: Path) -> Calibration:
         raise FileError(
             f"the calibration is damaged ({type(err).__name__}: {err}).", file=path.name, remedy="calibrate again."
         ) from err
+
+
+def _convert_options(stored: dict[str, Any] | None) -> ConvertOptions | None:
+    if stored is None:
+        return None
+    options = ConvertOptions(int(stored["max_rank"]), float(stored["tolerance"]), stored["rest"])
+    if options.max_rank < 0 or not options.tolerance >= 0 or options.rest not in RESTS:
+        raise ValueError(f"conversion {stored!r}")
+    return options
 
 
 def _stack(

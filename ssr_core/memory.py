@@ -33,7 +33,7 @@ def memory_need(stacks: Sequence[LayerStack], dtype: torch.dtype) -> MemoryNeed:
     """
     itemsize = 4 if dtype == torch.float16 else dtype.itemsize
     device = host = 0
-    for stack in stacks:
+    for stack in (stack for stack in stacks if stack.tapped):
         ranks = stack.rank_bounds
         routed = len(ranks) > 1
         rank = sum(ranks) if routed else 0

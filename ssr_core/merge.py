@@ -141,8 +141,8 @@ def check_unsupported(tasks: Sequence[Task], unsupported: Unsupported) -> None:
                 f"{len(records)} of its keys cannot be routed; the first is {first.key}: {first.reason}.",
                 file=task.name,
                 layer=str(first.target),
-                remedy="remove this LoRA, or set unsupported to pass_through: the MODEL then gets these keys "
-                "as ordinary patches and the saved file lacks them.",
+                remedy="remove this LoRA, set convert_rank of its SSR LoRA above 0 where it is 0, or set unsupported "
+                "to pass_through: the MODEL then gets these keys as ordinary patches and the saved file lacks them.",
             )
 
 
@@ -197,7 +197,14 @@ def _layers_at_once(largest: LayerStack) -> int:
 
 
 def _input_dtype(tasks: Sequence[Task]) -> torch.dtype:
-    dtypes = {t.dtype for task in tasks for layer in task.adapter.layers.values() for t in (layer.down, layer.up)}
+    """The narrowest that holds all factors of the files; converted layers follow if there are others."""
+    given: set[torch.dtype] = set()
+    made: set[torch.dtype] = set()
+    for task in tasks:
+        converted = {one.group.target for one in task.adapter.conversions}
+        for target, layer in task.adapter.layers.items():
+            (made if target in converted else given).update((layer.down.dtype, layer.up.dtype))
+    dtypes = given or made
     result = next(iter(dtypes), torch.float32)
     for dtype in dtypes:
         result = torch.promote_types(result, dtype)

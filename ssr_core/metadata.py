@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 from .calibration import Calibration
 from .files import json_text
@@ -43,6 +44,7 @@ def merge_metadata(
                 "strength_model": task.strength_model,
                 "strength_clip": task.strength_clip,
                 "prompts": list(task.prompts),
+                "convert": None if task.adapter.convert_options is None else asdict(task.adapter.convert_options),
             }
             for task in tasks
         ],

@@ -16,6 +16,7 @@ KeyFate = Literal[
     "merged",
     "passed_through",
     "anchored",
+    "converted",
     "summed",
     "strength_0",
     "host_patch",
@@ -29,6 +30,7 @@ FATE_WORDS: Mapping[KeyFate, str] = {
     "merged": "merged without routing",
     "passed_through": "passed through unchanged (no other LoRA has the layer)",
     "anchored": "merged by the anchor (the layer never ran in calibration)",
+    "converted": "converted to low rank, then merged like the others",
     "summed": "summed by strength (bias or norm)",
     "strength_0": "absent (strength 0)",
     "host_patch": "applied to the MODEL or CLIP as the host's own patch, not in the saved file",
@@ -75,12 +77,20 @@ class FileAccount:
         keys: Number of keys in the file.
         fates: Number of keys by fate.
         details: `(key, fate, reason)` of every key that is not simply merged.
+        conversion_error: Largest relative error of a converted layer; None where nothing was converted.
     """
 
     name: str
     keys: int
     fates: Mapping[KeyFate, int]
     details: tuple[tuple[str, KeyFate, str], ...] = ()
+    conversion_error: float | None = None
+
+    def summary(self) -> str:
+        """One line."""
+        fates = ", ".join(f"{count} {FATE_WORDS[fate]}" for fate, count in self.fates.items())
+        error = self.conversion_error
+        return f"{self.keys} keys: {fates}" + (f" (largest relative error {error:.1e})" if error is not None else "")
 
 
 @dataclass(frozen=True)
@@ -152,8 +162,7 @@ class MergeReport:
         lines += _summary(self)
         lines += ["## Files", ""]
         for account in self.files:
-            fates = ", ".join(f"{count} {FATE_WORDS[fate]}" for fate, count in account.fates.items())
-            lines.append(f"- **{account.name}**: {account.keys} keys: {fates}.")
+            lines.append(f"- **{account.name}**: {account.summary()}.")
             lines += [f"  - `{key}`: {FATE_WORDS[fate]}; {reason}." for key, fate, reason in account.details[:20]]
             if len(account.details) > 20:
                 lines.append(f"  - and {len(account.details) - 20} more (all of them are in the JSON report).")

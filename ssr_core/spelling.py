@@ -37,21 +37,26 @@ VECTOR_SUFFIXES: dict[str, str] = {
     ".w_norm": "w_norm",
     ".b_norm": "b_norm",
     ".set_weight": "set_weight",
+    ".lora_B.bias": "lora_bias",
+    ".lora_B.default.bias": "lora_bias",
 }
-UNSUPPORTED_SUFFIXES: dict[str, str] = {
+DENSE_SUFFIXES: dict[str, str] = {
     **{f".hada_{n}": "LoHa" for n in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f".lokr_{n}": "LoKr" for n in ("w1", "w2", "w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f".{n}.weight": "GLoRA" for n in ("a1", "a2", "b1", "b2")},
-    ".oft_blocks": "OFT/BOFT",
-    ".oft_diag": "OFT",
-    ".rescale": "OFT/BOFT",
-    ".lora_B.bias": "peft lora_bias",
+    ".oft_blocks": "OFT",
+    ".rescale": "OFT",
+}
+UNSUPPORTED_SUFFIXES: dict[str, str] = {
+    ".oft_diag": "a diagonal OFT",
+    ".on_input": "IA3",
 }
 
 _ROLES: dict[str, tuple[str, str]] = {
     **LOW_RANK_SUFFIXES,
     **{suffix: (role, "") for suffix, role in SHARED_SUFFIXES.items()},
     **{suffix: (role, "") for suffix, role in VECTOR_SUFFIXES.items()},
+    **{suffix: ("dense", kind) for suffix, kind in DENSE_SUFFIXES.items()},
     **{suffix: ("unsupported", kind) for suffix, kind in UNSUPPORTED_SUFFIXES.items()},
 }
 _BY_LENGTH = sorted(_ROLES, key=len, reverse=True)

@@ -110,12 +110,14 @@ class LayerStack:
         blocks: One block for each task that has this layer, in task order.
         kernel: Spatial kernel; empty for linear layers.
         origin: Target under which a calibration keeps the statistics; `target` if none was given.
+        tapped: Whether hooks can watch the module at work.
     """
 
     target: Target
     blocks: tuple[Block, ...]
     kernel: tuple[int, ...] = ()
     origin: Target | None = None
+    tapped: bool = True
 
     @property
     def tasks(self) -> tuple[int, ...]:
@@ -255,7 +257,8 @@ def _stack(group: _Group, tasks: Sequence[Task]) -> LayerStack:
             )
         by_task.setdefault(member.task, []).append((member.target, member.layer))
     blocks = tuple(_block(index, target, by_task[index], out, tasks[index]) for index in sorted(by_task))
-    return LayerStack(target, blocks, group.members[0].layer.kernel, group.origin or target)
+    tapped = not any(member.target in tasks[member.task].adapter.untapped for member in group.members)
+    return LayerStack(target, blocks, group.members[0].layer.kernel, group.origin or target, tapped)
 
 
 def _union(slices: Sequence[tuple[int, int]]) -> tuple[int, int]:

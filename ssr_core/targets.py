@@ -41,12 +41,15 @@ class KeyTarget:
         row_order: If set, the file's output row `row_order[i]` is the weight's row i (a file
             dialect that stores scale before shift, for instance).
         parameter: Name of the parameter inside the module; adapters only act on "weight".
+        tapped: Whether hooks on the module see the weight at work. Not so for embeddings, grouped
+            convolutions and weights that the model multiplies with by itself.
     """
 
     target: Target
     weight_shape: tuple[int, ...]
     row_order: tuple[int, ...] | None = field(default=None, repr=False)
     parameter: str = "weight"
+    tapped: bool = True
 
     @property
     def out_features(self) -> int:
@@ -60,6 +63,11 @@ class KeyTarget:
         for n in self.weight_shape[1:]:
             size *= n
         return size
+
+    @property
+    def is_map(self) -> bool:
+        """Whether the parameter is the matrix or kernel of a linear map."""
+        return self.parameter == "weight" and len(self.weight_shape) > 1
 
     @property
     def kernel(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Keys that are not low-rank: refused by name, or passed through exactly as ComfyUI itself applies them."""
+"""Without conversion, keys that are not low-rank: refused by name, or passed through as ComfyUI applies them."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def run(server, name, **options):
     other = family_lora(server.base, FAMILY, "native", seed=62, name="other_plain", include=_shares)
     server.schemas(refresh=True)
     entries = [
-        graph.pack("SSRLoRA", lora=file, conditioning=graph.conditioning(FAMILY, seed))
+        graph.pack("SSRLoRA", lora=file, conditioning=graph.conditioning(FAMILY, seed), convert_rank=0)
         for file, seed in ((name, 501), (other.name, 502))
     ]
     merged = graph.join("SSRMerge", entries, model=graph.checkpoint(FAMILY), latent=graph.latent(FAMILY), **options)

@@ -25,18 +25,17 @@ UNSUPPORTED = {
     "GLoRA": {"lora_unet_fc.a1.weight": torch.ones(2, 2), "lora_unet_fc.b1.weight": torch.ones(2, 2)},
     "OFT": {"lora_unet_fc.oft_blocks": torch.ones(2, 2, 2), "lora_unet_fc.rescale": torch.ones(2)},
     "DoRA": {"lora_unet_fc.lora_up.weight": UP, "lora_unet_fc.lora_down.weight": DOWN, "lora_unet_fc.dora_scale": UP},
-    "lora_bias": {"lora_unet_fc.lora_B.weight": UP, "lora_unet_fc.lora_A.weight": DOWN, "lora_unet_fc.lora_B.bias": UP},
     "shape": {
         "lora_unet_fc.lora_up.weight": UP,
         "lora_unet_fc.lora_down.weight": DOWN,
         "lora_unet_fc.reshape_weight": torch.ones(2),
     },
     "full difference": {"lora_unet_fc.diff": torch.ones(OUT, IN)},
-    "replaces": {"lora_unet_fc.set_weight": torch.ones(OUT, IN)},
+    "replacement": {"lora_unet_fc.set_weight": torch.ones(OUT, IN)},
     "missing": {"lora_unet_fc.lora_up.weight": UP, "lora_unet_fc.alpha": torch.tensor(1.0)},
     "missing ": {"lora_unet_fc.lora_mid.weight": torch.ones(2, 2, 1, 1)},
     "several spellings": {"lora_unet_fc.lora_up.weight": UP, "lora_unet_fc.lora_A.weight": DOWN},
-    "same weight": {
+    "several ways": {
         "lora_unet_fc.lora_up.weight": UP,
         "lora_unet_fc.lora_down.weight": DOWN,
         "lora_unet_fc.diff": torch.ones(OUT, IN),
@@ -69,10 +68,33 @@ def test_low_rank_factors_of_a_vector_are_unsupported():
     assert records(tensors, keys)[1]["norm.lora_up.weight"].status == "unsupported"
 
 
-def test_bias_of_a_slice_is_unsupported():
-    keys = {"to_q": KeyTarget(Target("qkv", (0, 2)), (OUT, IN)), **KEYS}
-    adapter, by_key = records({"to_q.diff_b": torch.ones(2), **GOOD}, keys)
-    assert by_key["to_q.diff_b"].status == "unsupported" and not adapter.vectors
+def test_biases_of_slices_add_up_to_one_bias():
+    """ComfyUI makes a nonsense key of them; here each lands in its rows."""
+    keys = {name: KeyTarget(Target("qkv", (2 * i, 2)), (OUT, IN)) for i, name in enumerate(("to_q", "to_k", "to_v"))}
+    tensors = {"to_q.diff_b": torch.tensor([1.0, 2.0]), "to_v.diff_b": torch.tensor([3.0, 4.0]), **GOOD}
+    adapter, by_key = records(tensors, keys | KEYS)
+    assert by_key["to_q.diff_b"].status == by_key["to_v.diff_b"].status == "vector"
+    assert torch.equal(adapter.vectors[(Target("qkv"), "bias")], torch.tensor([1.0, 2.0, 0.0, 0.0, 3.0, 4.0]))
+
+
+def test_the_bias_of_lora_b_is_scaled_like_its_output():
+    """peft with lora_bias: y += scale * (B A x + b)."""
+    tensors = {
+        "lora_unet_fc.lora_B.weight": UP,
+        "lora_unet_fc.lora_A.weight": DOWN,
+        "lora_unet_fc.lora_B.bias": torch.arange(OUT, dtype=torch.float64),
+        "lora_unet_fc.alpha": torch.tensor(6.0),
+        **GOOD,
+    }
+    adapter, by_key = records(tensors)
+    assert by_key["lora_unet_fc.lora_B.bias"].status == "vector"
+    assert torch.equal(adapter.vectors[(Target("fc"), "bias")], 6.0 / RANK * torch.arange(OUT, dtype=torch.float64))
+
+
+def test_an_alpha_beside_a_vector_is_accounted_for():
+    tensors = {"lora_unet_fc.diff_b": torch.ones(OUT), "lora_unet_fc.alpha": torch.tensor(1.0), **GOOD}
+    adapter, by_key = records(tensors)
+    assert by_key["lora_unet_fc.diff_b"].status == "vector" and by_key["lora_unet_fc.alpha"].status == "unmatched"
 
 
 def test_two_names_of_one_layer_the_later_name_of_the_model_wins():

@@ -1,0 +1,91 @@
+"""Dense changes of LoHa, LoKr, DoRA and the like, as ComfyUI itself computes them on the connected model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ssr_core import DenseGroup, IncompatibleError
+from . import host_weights
+
+_NEEDS_BASE = ("DoRA", "OFT", "GLoRA", "replacement")
+"""Kinds whose change depends on the weight that they change."""
+
+NOT_ADDED = "connect the base model that this LoRA was trained for, or remove the LoRA."
+
+
+class DenseChanges:
+    """Computes the changes that one file makes to one MODEL and CLIP.
+
+    Args:
+        name: The LoRA's name in messages.
+        tensors: Content of the file.
+        owners: MODEL and CLIP by part; absent ones are missing.
+        core_keys: The host's key maps by part.
+        strengths: The LoRA's strengths by part; only changes that bend with the strength depend on it.
+        device: Where to compute.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        owners: Mapping[str, Any],
+        core_keys: Mapping[str, Mapping[str, Any]],
+        strengths: Mapping[str, float],
+        device: torch.device,
+    ) -> None:
+        self._name, self._tensors, self._owners = name, tensors, owners
+        self._core_keys, self._strengths, self._device = core_keys, strengths, device
+
+    def __call__(self, group: DenseGroup) -> Tensor:
+        """The change at strength 1; of a kind that bends, the change at this strength divided by it.
+
+        Raises:
+            IncompatibleError: The host cannot apply the keys, or the layer's weight cannot be read.
+        """
+        part = group.target.part
+        key, patch = self._patch(group)
+        host_weights.make_room(self._device, math.prod(group.weight_shape))
+        strength = self._strengths[part] if group.bends else 1.0
+        try:
+            change = host_weights.change_of(patch, key, self._weight(group), strength)
+        except ValueError as err:
+            raise self._error(group, f"ComfyUI cannot apply it ({err})") from err
+        return change / strength if strength != 1.0 else change
+
+    def _patch(self, group: DenseGroup) -> tuple[Any, Any]:
+        """The one patch that the host makes of the group's keys."""
+        chosen = {key.removeprefix("base_model.model."): self._tensors[key] for key in group.keys}
+        try:
+            patches = host_weights.patches_of(chosen, self._core_keys[group.target.part])
+        except ValueError as err:
+            raise self._error(group, str(err)) from err
+        if len(patches) != 1:
+            raise self._error(group, f"ComfyUI makes {len(patches)} patches of these keys")
+        key, patch = next(iter(patches.items()))
+        used = getattr(patch, "loaded_keys", None)
+        unused = [] if used is None else [name for name in chosen if name not in used and not _shared(name)]
+        if unused:
+            raise self._error(group, f"ComfyUI does not use {unused[0]}")
+        return key, patch
+
+    def _weight(self, group: DenseGroup) -> Tensor:
+        if not any(word in group.kind for word in _NEEDS_BASE):
+            return torch.zeros(group.weight_shape, device=self._device)
+        key = f"{group.target.module_path}.{group.parameter}"
+        return host_weights.current_weight(self._owners[group.target.part], key, self._device)
+
+    def _error(self, group: DenseGroup, what: str) -> IncompatibleError:
+        return IncompatibleError(
+            f"{group.keys[0]} ({group.kind}): {what}.", file=self._name, layer=str(group.target), remedy=NOT_ADDED
+        )
+
+
+def _shared(name: str) -> bool:
+    """Keys that the loader reads for any adapter, without listing them."""
+    return name.endswith((".alpha", ".dora_scale"))
