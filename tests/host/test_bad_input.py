@@ -122,14 +122,14 @@ def test_up_without_down(server, base):
     assert name in result.error and "double_blocks.1.img_mlp.0" in result.error
 
 
-def test_dora_is_refused_by_name_and_passed_through_on_request(server, base):
+@pytest.mark.parametrize("rows", [7, 0])
+def test_a_dora_that_does_not_fit_is_refused_by_name(server, base, rows):
+    """ComfyUI only logs an error and leaves the weight as it was."""
     lora = family_lora(base, FAMILY, "native", seed=75, name="source_of_dora")
     name = "diffusion_model.double_blocks.1.img_mlp.0"
-    magnitude = torch.ones(lora.truth[name + ".weight"].delta.shape[0], 1)
-    dora = write(base, "dora.safetensors", {**lora.tensors, name + ".dora_scale": magnitude})
+    dora = write(base, f"dora_{rows}.safetensors", {**lora.tensors, name + ".dora_scale": torch.ones(rows, 1)})
     message = refusal(server, merge_of(server, base, dora))
-    assert dora in message and "double_blocks.1.img_mlp.0" in message
-    server.run(merge_of(server, base, dora, unsupported="pass_through").prompt).ok()
+    assert dora in message and "double_blocks.1.img_mlp.0" in message and "DoRA" in message
 
 
 def test_nothing_enabled(server, base):
