@@ -262,7 +262,7 @@ def solve_inputs() -> list[io.Input]:
             options=list(UNSUPPORTED),
             default="refuse",
             advanced=True,
-            tooltip="Keys that are no plain LoRA (DoRA, LoHa, LoKr ...): refuse names the first one and stops; "
+            tooltip="Keys that can be neither routed nor converted: refuse names the first one and stops; "
             "pass_through applies them to MODEL and CLIP as ordinary patches, the saved file lacks them.",
         ),
         io.Combo.Input(
