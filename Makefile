@@ -4,14 +4,14 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint test-host bench-padding bench-batching clean help
+.PHONY: demo test lint test-host bench-padding bench-batching bench-conversion clean help
 
 help:
 	@echo "make demo                            merge three small LoRAs, results in demo_output/"
 	@echo "make test                            everything that needs no ComfyUI"
 	@echo "make lint                            ruff and a strict type check"
 	@echo "make test-host COMFYUI_PATH=<path>   the real ComfyUI: loaders, server, KSampler (HOST_PYTHON=its python, ARGS='-k name')"
-	@echo "make bench-padding, bench-batching   measurements behind two defaults (docs/benchmarks/)"
+	@echo "make bench-padding, bench-batching, bench-conversion   measurements behind defaults (docs/benchmarks/)"
 	@echo "make clean                           remove the virtual environment and all outputs"
 
 $(STAMP): requirements-dev.txt
@@ -41,6 +41,9 @@ bench-padding: $(STAMP)
 
 bench-batching: $(STAMP)
 	$(PY) -m benchmarks.batching
+
+bench-conversion: $(STAMP)
+	$(PY) -m benchmarks.conversion
 
 clean:
 	rm -rf $(VENV) demo_output host_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
