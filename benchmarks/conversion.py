@@ -77,7 +77,8 @@ def main() -> None:
         "",
         *(line for line in (__doc__ or "").splitlines()[2:]),
         "",
-        f"CPU, {torch.get_num_threads()} threads, PyTorch {torch.__version__}. `make bench-conversion` writes this page.",
+        f"CPU, {torch.get_num_threads()} threads, PyTorch {torch.__version__}.",
+        "`make bench-conversion` writes this page.",
         "",
         "| width | change | rank kept | relative error | optimum at that rank | time / dense SVD |",
         "|---|---|---|---|---|---|",
@@ -89,8 +90,8 @@ def main() -> None:
     ]
     lines += [
         "",
-        "A LoKr with a full w2 and a DoRA spread over the whole spectrum: rank 128 keeps only a part of them. The rest is "
-        "what SSR LoRA's `residual` decides about.",
+        "A LoKr with a full w2 and a DoRA spread over the whole spectrum: rank 128 keeps only a part of them. The",
+        "rest is what SSR LoRA's `residual` decides about.",
     ]
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "conversion.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,159 @@
+"""The example graphs of workflows/."""
+
+from __future__ import annotations
+
+from workflow_parts import FLUX, SDXL, WAN, lora, note, sampling, wan_sampling
+
+ONE = lora("one", 300, "subject_one.safetensors", "a photo of sks dog\nsks dog sitting in a garden", "First subject")
+TWO = lora("two", 640, "subject_two.safetensors", "a photo of zwx cat\nzwx cat lying on a sofa", "Second subject")
+MERGE = {"model": "ckpt.0", "clip": "ckpt.1", "loras.lora0": "one.0", "loras.lora1": "two.0"}
+
+GRAPHS = {
+    "two_subjects": [
+        *SDXL,
+        ONE,
+        TWO,
+        ("merge", "SSRMerge", 440, 150, {"width": 512, "height": 512}, MERGE, None),
+        ("report", "PreviewAny", 440, 900, {}, {"source": "merge.4"}, "Report"),
+        *sampling("a", "merge.0", "merge.1", "ckpt.2", 0, "a photo of sks dog and zwx cat sitting together on a sofa"),
+        note(
+            "note",
+            0,
+            -190,
+            "**Two subjects in one picture.** Choose your two LoRA files, and write into each SSR LoRA what "
+            "that LoRA alone shows, with its trigger word. Then name both in your prompt.",
+        ),
+    ],
+    "subject_and_style": [
+        *FLUX,
+        lora("one", 480, "subject_one.safetensors", "a photo of sks dog", "Subject"),
+        lora("two", 820, "style.safetensors", "a landscape in wtrclr style", "Style"),
+        (
+            "merge",
+            "SSRMerge",
+            440,
+            150,
+            {"width": 512, "height": 512},
+            {"model": "unet.0", "clip": "clips.0", "loras.lora0": "one.0", "loras.lora1": "two.0"},
+            None,
+        ),
+        ("report", "PreviewAny", 440, 900, {}, {"source": "merge.4"}, "Report"),
+        *sampling("a", "merge.0", "merge.1", "vae.0", 0, "sks dog in a meadow, in wtrclr style", flux=True),
+        note(
+            "note",
+            0,
+            -190,
+            "**A subject in a style.** The subject's prompt names the subject, the style's prompt names "
+            "something else in that style: the difference is what the router learns.",
+        ),
+    ],
+    "calibrate_once": [
+        *SDXL,
+        ONE,
+        TWO,
+        ("calibrate", "SSRCalibrate", 440, 0, {"width": 512, "height": 512}, MERGE, None),
+        (
+            "solve1",
+            "SSRSolve",
+            440,
+            420,
+            {"strengths": "1.0\n1.0"},
+            {"model": "ckpt.0", "clip": "ckpt.1", "calibration": "calibrate.0"},
+            "Solve: equal",
+        ),
+        (
+            "solve2",
+            "SSRSolve",
+            440,
+            960,
+            {"strengths": "0.7\n1.0"},
+            {"model": "ckpt.0", "clip": "ckpt.1", "calibration": "calibrate.0"},
+            "Solve: first one weaker",
+        ),
+        *sampling(
+            "a", "solve1.0", "solve1.1", "ckpt.2", 0, "a photo of sks dog and zwx cat sitting together on a sofa"
+        ),
+        *sampling(
+            "b", "solve2.0", "solve2.1", "ckpt.2", 720, "a photo of sks dog and zwx cat sitting together on a sofa"
+        ),
+        note(
+            "note",
+            0,
+            -190,
+            "**Calibrate once, solve often.** Change the strengths in SSR Solve (one line for each LoRA) and "
+            "run again: the calibration is not repeated.",
+        ),
+    ],
+    "save_and_reuse": [
+        *SDXL,
+        ONE,
+        TWO,
+        ("merge", "SSRMerge", 440, 150, {"width": 512, "height": 512}, MERGE, None),
+        ("savelora", "SSRSaveLoRA", 900, 0, {"filename_prefix": "loras/dog_and_cat"}, {"lora": "merge.2"}, None),
+        (
+            "savecal",
+            "SSRSaveCalibration",
+            900,
+            200,
+            {"filename_prefix": "dog_and_cat"},
+            {"calibration": "merge.3"},
+            None,
+        ),
+        (
+            "use",
+            "LoraModelLoader",
+            900,
+            400,
+            {"strength_model": 1.0},
+            {"model": "ckpt.0", "lora": "merge.2"},
+            "The merged LoRA is an ordinary LoRA",
+        ),
+        *[
+            (n, t, x + 500, y, w, li, ti)
+            for n, t, x, y, w, li, ti in sampling(
+                "a", "use.0", "merge.1", "ckpt.2", 0, "a photo of sks dog and zwx cat sitting together on a sofa"
+            )
+        ],
+        note(
+            "note",
+            0,
+            -190,
+            "**Save and reuse.** After one run press R: `dog_and_cat_00001_` is in every LoRA loader, and the "
+            "calibration in SSR Load Calibration. The metadata of the file says how it was made.",
+        ),
+    ],
+    "wan22_two_models": [
+        *WAN,
+        lora("one", 620, "subject_one.safetensors", "a video of sks man walking", "First subject"),
+        (
+            "two",
+            "SSRLoRA",
+            0,
+            1060,
+            {"lora": "subject_two.safetensors", "prompts": "a video of zwx woman dancing"},
+            {"previous": "one.0"},
+            "Second subject",
+        ),
+        ("sigmas", "BasicScheduler", 440, 140, {"scheduler": "simple", "steps": 4}, {"model": "shift2.0"}, None),
+        ("split", "SplitSigmas", 440, 320, {"step": 2}, {"sigmas": "sigmas.0"}, "The low-noise half"),
+        ("merge1", "SSRMerge", 860, -140, {}, {"model": "shift1.0", "clip": "clip.0", "loras.lora0": "two.0"}, "High"),
+        (
+            "merge2",
+            "SSRMerge",
+            860,
+            700,
+            {},
+            {"model": "shift2.0", "clip": "clip.0", "loras.lora0": "two.0", "sigmas": "split.1"},
+            "Low",
+        ),
+        *wan_sampling(0, "sks man and zwx woman dancing together"),
+        note(
+            "note",
+            0,
+            -190,
+            "**Wan 2.2: two models, one list of LoRAs.** Each model gets an SSR Merge of its own. The low-noise "
+            "model is calibrated at the noise levels that it works at (SplitSigmas). If your LoRAs come as pairs of "
+            "files, give each SSR Merge a list of its own.",
+        ),
+    ],
+}
