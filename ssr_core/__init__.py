@@ -25,6 +25,7 @@ from .errors import (
     SSRMergeError,
 )
 from .files import atomic_path, content_hash, read_safetensors, tensors_hash, write_safetensors
+from .forward import ForwardLoRA
 from .gram import GramStats
 from .memory import MemoryNeed, check_memory, memory_need
 from .merge import MergeResult, check_unsupported, describe, merge
@@ -49,6 +50,7 @@ __all__ = [
     "Calibrator",
     "FileAccount",
     "FileError",
+    "ForwardLoRA",
     "GainsMerge",
     "GramStats",
     "IncompatibleError",
