@@ -19,7 +19,7 @@ from ..ssr_core import (
     prompt_warnings,
     to_tensors,
 )
-from . import host, patches
+from . import forward, host, patches
 from .entries import LoRAEntries, entry_from_record
 from .loading import Loaded, pass_through
 from .model_info import model_identity
@@ -94,7 +94,9 @@ def solve(
         for index in range(len(loaded.tasks)):
             model = pass_through(loaded, index, "model", model, unet)
             clip = clip if clip is None else pass_through(loaded, index, "clip", clip, text)
-    new_model = patches.apply(model, "model", result)
+    division = forward.divide(model, result.layers, options.apply)
+    report = replace(report, notes=(*report.notes, *division.notes()))
+    new_model = forward.put_on(patches.apply(model, "model", result, without=division.layers), division)
     new_clip = patches.apply(clip, "clip", result) if clip is not None else None
     extra = {"dtype": options.dtype, "calibrated_on_this_model": same_model}
     origin = MergeOrigin(

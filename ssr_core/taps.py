@@ -151,13 +151,16 @@ class Tap:
         self._shared.weights = RowWeights(rows, self._padding)
 
     @contextmanager
-    def attached(self, root: nn.Module) -> Iterator[None]:
+    def attached(self, root: nn.Module) -> Iterator[list[nn.Module]]:
         """Hooks on the modules below `root` for the length of the block; always removed.
+
+        Yields:
+            The modules that have them.
 
         Raises:
             CalibrationError: A layer of the LoRAs is not a module of `root`.
         """
-        handles = []
+        handles, modules = [], []
         try:
             for module_tap in self._modules:
                 try:
@@ -166,7 +169,8 @@ class Tap:
                     raise CalibrationError("the model has no such layer.", layer=module_tap.path) from err
                 handles.append(module.register_forward_pre_hook(module_tap.before))
                 handles.append(module.register_forward_hook(module_tap.after))
-            yield
+                modules.append(module)
+            yield modules
         finally:
             for handle in handles:
                 handle.remove()
