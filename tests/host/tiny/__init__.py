@@ -10,6 +10,7 @@ if __package__:
     from . import detection, families, quantise
     from .faults import FAULT_NODES
     from .layers import LAYER_NODES
+    from .modes import MODE_NODES
     from .packed import PACKED_NODES
     from .probes import PROBE_NODES
     from .sources import SOURCE_NODES
@@ -20,7 +21,7 @@ if __package__:
 
     class TinyExtension(ComfyExtension):
         async def get_node_list(self) -> list[type[io.ComfyNode]]:
-            return [*SOURCE_NODES, *PROBE_NODES, *FAULT_NODES, *LAYER_NODES, *PACKED_NODES]
+            return [*SOURCE_NODES, *PROBE_NODES, *FAULT_NODES, *LAYER_NODES, *MODE_NODES, *PACKED_NODES]
 
     async def comfy_entrypoint() -> ComfyExtension:
         return TinyExtension()
