@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from ..ssr_core import DenseGroup, IncompatibleError
-from . import host_weights
+from . import host, host_weights
 
 _NEEDS_BASE = ("DoRA", "OFT", "GLoRA", "replacement")
 """Kinds whose change depends on the weight that they change."""
+
+_COPIES = 6
+"""Of a weight in float32, while its change is computed and factorised."""
 
 NOT_ADDED = "connect the base model that this LoRA was trained for, or remove the LoRA."
 
@@ -50,7 +53,7 @@ class DenseChanges:
         """
         part = group.target.part
         key, patch = self._patch(group)
-        host_weights.make_room(self._device, math.prod(group.weight_shape))
+        host.make_room(_COPIES * 4 * math.prod(group.weight_shape), self._device)
         strength = self._strengths[part] if group.bends else 1.0
         try:
             change = host_weights.change_of(patch, key, self._weight(group), strength)

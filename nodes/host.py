@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -180,7 +180,7 @@ def run_calibration_pass(
 
     def attach(executor: Any, *args: Any, **kwargs: Any) -> Any:
         # The guider may have swapped in another patcher; hook the module that will really run.
-        with tap.attached(executor.class_obj.model_patcher.model), layers_called_as_modules():
+        with tap.attached(executor.class_obj.model_patcher.model) as modules, layers_called_as_modules(modules):
             return executor(*args, **kwargs)
 
     clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "ssr_merge", attach)
@@ -206,17 +206,44 @@ _STRIPPED_WRAPPERS = (
 
 
 @contextmanager
-def layers_called_as_modules() -> Iterator[None]:
-    """INT8 models hand some layers' weights to a fused kernel; for the block they are called, so that hooks fire."""
+def layers_called_as_modules(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """INT8 models hand some layers' weights to a fused kernel; for the block these are called, so that hooks fire."""
     original = getattr(comfy.ops, "linear_input_act", None)
     if original is None:  # ComfyUI before 0.27
         yield
         return
-    comfy.ops.linear_input_act = lambda linear, x, act: linear(comfy.ops.INPUT_ACT_EAGER[act](x))
+    ours = frozenset(id(module) for module in modules)
+
+    def call(linear: Any, x: Tensor, act: str) -> Tensor:
+        if id(linear) in ours:
+            return linear(comfy.ops.INPUT_ACT_EAGER[act](x))
+        return original(linear, x, act)
+
+    comfy.ops.linear_input_act = call
     try:
         yield
     finally:
         comfy.ops.linear_input_act = original
+
+
+def around_sampling(model: Any, key: str, wrapper: Callable[..., Any], before_run: Callable[[Any], None]) -> Any:
+    """A clone of MODEL whose samplings run inside `wrapper`; `before_run` is told of each MODEL about to run."""
+    clone = model.clone()
+    clone.add_wrapper_with_key(_Wrappers.OUTER_SAMPLE, key, wrapper)
+    clone.add_callback_with_key(comfy.patcher_extension.CallbacksMP.ON_PRE_RUN, key, before_run)
+    return clone
+
+
+def patchers_of(patcher: Any) -> list[Any]:
+    """The MODEL of a sampling, and its copies on other GPUs."""
+    others = getattr(patcher, "get_additional_models_with_key", lambda key: [])("multigpu")
+    return [patcher, *others]
+
+
+def make_room(size: int, device: torch.device) -> None:
+    """Let ComfyUI move models off the device until `size` bytes are free."""
+    if device.type != "cpu":
+        comfy.model_management.free_memory(size, device)
 
 
 class Progress:

@@ -15,9 +15,6 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-_COPIES = 6
-"""Of a weight, while its change is computed and factorised."""
-
 Patcher = Any
 """A MODEL, or the patcher of a CLIP."""
 
@@ -75,12 +72,6 @@ def _probed_weight(patcher: Patcher, key: str, device: torch.device) -> Tensor:
         unit = torch.eye(width, device=device)
         matrix: Tensor = (module(unit) - module(torch.zeros_like(unit[:1]))).T
     return matrix.to(torch.float32).contiguous()
-
-
-def make_room(device: torch.device, numbers: int) -> None:
-    """Ask the host to free device memory for some float32 copies of a weight."""
-    if device.type != "cpu":
-        comfy.model_management.free_memory(_COPIES * 4 * numbers, device)
 
 
 def change_of(patch: Any, key: Any, weight: Tensor, strength: float) -> Tensor:

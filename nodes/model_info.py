@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 TEXT_FIRST = {"Flux", "Flux2", "Chroma", "LongCatImage", "Lumina2", "ZImage", "HunyuanVideo", "HunyuanImage21"}
 """Model classes whose joint layers read the text tokens before the image tokens."""
 
+FORWARD_ATTACHMENT = "ssr_merge_forward_"
+"""Begin of the keys under which a MODEL remembers what it applies in the forward pass: layers by target."""
+
 
 def joint_text(model: Any) -> Literal["first", "unknown"]:
     """Where the text stands in layers that read text and image together."""
@@ -94,7 +97,20 @@ def model_identity(model: Any) -> str:
             digest.update(f"{key}{strength}{type(patch).__name__}".encode())
             for value in _tensors_in(getattr(patch, "weights", patch)):
                 digest.update(_sample(value))
+    for one in sorted(_forward_digests(model.attachments)):
+        digest.update(one)
     return digest.hexdigest()
+
+
+def _forward_digests(attachments: Mapping[str, Any]) -> Iterator[bytes]:
+    """One digest for each merge that this MODEL applies in the forward pass, whatever its key."""
+    for key, layers in attachments.items():
+        if not key.startswith(FORWARD_ATTACHMENT):
+            continue
+        digest = hashlib.sha256()
+        for target, layer in sorted(layers.items(), key=lambda item: str(item[0])):
+            digest.update(f"{target}{layer.scale}".encode() + _sample(layer.down) + _sample(layer.up))
+        yield digest.digest()
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:

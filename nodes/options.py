@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..ssr_core import ANCHORS, METHODS, Anchor, IncompatibleError, MergeMethod, PaddingMode, SSRMerge
 from . import host
+from .forward import APPLY, Apply
 
 SSR_LORA = io.Custom("SSR_LORA")
 SSR_CALIBRATION = io.Custom("SSR_CALIBRATION")
@@ -89,6 +90,7 @@ class SolveOptions:
     dtype: str
     unsupported: Literal["refuse", "pass_through"]
     unseen_layers: Literal["anchor", "refuse"]
+    apply: Apply
 
     def method(self) -> MergeMethod:
         """The method with its parameters; all but ssr have none that a node sets."""
@@ -127,6 +129,7 @@ def solve_options(values: Mapping[str, Any]) -> SolveOptions:
         dtype=values["dtype"],
         unsupported=values["unsupported"],
         unseen_layers=values["unseen_layers"],
+        apply=values.get("apply", "auto"),  # workflows from before it existed
     )
 
 
@@ -272,6 +275,16 @@ def solve_inputs() -> list[io.Input]:
             advanced=True,
             tooltip="Layers that never ran in calibration: anchor merges them by the anchor and reports them; refuse "
             "stops with their name.",
+        ),
+        io.Combo.Input(
+            "apply",
+            options=list(APPLY),
+            default="auto",
+            optional=True,
+            advanced=True,
+            tooltip="How the MODEL gets the merged LoRA. weights patches the base weights; on fp8, INT8, GGUF and other "
+            "quantised models that rounds most of it away. forward adds it to each layer's output instead: exact, "
+            "slightly slower. auto: forward for quantised layers, weights for the others. CLIP always gets weights.",
         ),
     ]
 

@@ -112,8 +112,8 @@ class _Passes:
         for prompt in entry.prompts:
             host.check_cancel()
             with (
-                tap.attached(root_of("clip", clip)),
-                host.layers_called_as_modules(),
+                tap.attached(root_of("clip", clip)) as modules,
+                host.layers_called_as_modules(modules),
                 host.text_rows(clip, tap.describe_text) as masks,
             ):
                 conditioning = host.encode(clip, prompt)

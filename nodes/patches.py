@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,15 @@ from ..ssr_core import IncompatibleError, LoRALayer, MergeResult, Part, Target
 from . import host
 
 
-def apply(owner: Any, part: Part, result: MergeResult) -> Any:
-    """A clone of MODEL or CLIP with the merged adapter as ordinary weight patches.
+def apply(owner: Any, part: Part, result: MergeResult, without: Container[Target] = ()) -> Any:
+    """A clone of MODEL or CLIP with the merged adapter as ordinary weight patches, `without` some layers.
 
     Raises:
         IncompatibleError: The host did not take a patch.
     """
     patches: dict[Any, Any] = {}
     for target, layer in result.layers.items():
-        if target.part == part:
+        if target.part == part and target not in without:
             patches[_patch_key(target, "weight")] = host.lora_adapter(layer)
     for (target, parameter), value in result.vectors.items():
         if target.part == part:

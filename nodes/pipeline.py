@@ -15,12 +15,13 @@ from ..ssr_core import (
     MergeMethod,
     MergeReport,
     MergeResult,
+    Target,
     merge,
     merge_metadata,
     prompt_warnings,
     to_tensors,
 )
-from . import host, patches
+from . import forward, host, patches
 from .entries import LoRAEntries, entry_from_record
 from .loading import Loaded, pass_through, rest
 from .model_info import model_identity
@@ -101,13 +102,22 @@ def solve(
         for apply in (rest, pass_through) if options.unsupported == "pass_through" else (rest,):
             model = apply(loaded, index, "model", model, unet)
             clip = clip if clip is None else apply(loaded, index, "clip", clip, text)
-    new_model = patches.apply(model, "model", result)
+    division = forward.divide(model, result.layers, options.apply, out_of_reach=_out_of_reach(loaded, result))
+    report = replace(report, notes=(*report.notes, *division.notes()))
+    new_model = forward.put_on(patches.apply(model, "model", result, without=division.layers), division)
     new_clip = patches.apply(clip, "clip", result) if clip is not None else None
     extra = {"dtype": options.dtype, "calibrated_on_this_model": same_model}
     origin = MergeOrigin(
         result, loaded.key_map, {**unet, **text}, merge_metadata(loaded.tasks, method, calibration, extra)
     )
     return Merged(new_model, new_clip, MergedLoRA(to_tensors(result, loaded.key_map), origin), report)
+
+
+def _out_of_reach(loaded: Loaded, result: MergeResult) -> set[Target]:
+    """Layers that hooks do not reach: no linear map of their own, or none that ran in calibration."""
+    silent = {one.target for one in result.report.layers if one.status == "anchored" and not sum(one.tokens)}
+    untapped = {entry.target.module_path for entry in loaded.key_map.values() if not entry.tapped}
+    return silent | {target for target in result.layers if target.module_path in untapped}
 
 
 def _with_remarks(

@@ -26,6 +26,7 @@ from .errors import (
     SSRMergeError,
 )
 from .files import atomic_path, content_hash, read_safetensors, tensors_hash, write_safetensors
+from .forward import ForwardLoRA
 from .gram import GramStats
 from .memory import MemoryNeed, check_memory, memory_need
 from .merge import MergeResult, check_unsupported, describe, merge
@@ -54,6 +55,7 @@ __all__ = [
     "DenseGroup",
     "FileAccount",
     "FileError",
+    "ForwardLoRA",
     "GainsMerge",
     "GramStats",
     "IncompatibleError",

@@ -7,7 +7,6 @@ is, quantised or offloaded, and every LoRA takes its turn in the hooks.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,17 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from .errors import CalibrationError
 from .gram import GramAccumulator
 from .padding import PaddingMode, RowWeights, TextRows
+from .projection import add, columns, compute_dtype, project
 from .stacks import Block, LayerStack
 from .targets import Target
-
-_CHUNK = 8192
-_CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
 
 @dataclass
@@ -88,7 +84,7 @@ class _ModuleTap:
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Put the factors where the layer computes; done once, before the pass where possible."""
-        compute = torch.float32 if dtype == torch.float16 else dtype
+        compute = compute_dtype(dtype)
         self._basis = torch.cat([slot.basis.to(device, compute) for slot in self.slots])
         gram_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         for slot in self.slots:
@@ -104,23 +100,12 @@ class _ModuleTap:
             raise CalibrationError("the model calls this layer without a tensor.", layer=self.path)
         x = args[0]
         with torch.no_grad():
-            compute = torch.float32 if x.dtype == torch.float16 else x.dtype
-            if self._basis is None or self._basis.device != x.device or self._basis.dtype != compute:
+            if self._basis is None or self._basis.device != x.device or self._basis.dtype != compute_dtype(x.dtype):
                 self.prepare(x.device, x.dtype)
             assert self._basis is not None
-            if self.kernel:
-                batched = x if x.ndim == len(self.kernel) + 2 else x[None]
-                z = _convolve(module, batched, self._basis, self.kernel, self.path)
-                tokens = z.flatten(2).transpose(1, 2).flatten(0, 1)
-                leading: Sequence[int] = ()
-            else:
-                if x.shape[-1] != self._basis.shape[1]:
-                    raise CalibrationError(
-                        f"the layer reads {x.shape[-1]} inputs, the LoRA {self._basis.shape[1]}.", layer=self.path
-                    )
-                tokens = _project(x.reshape(-1, x.shape[-1]), self._basis)
-                z = tokens.reshape(*x.shape[:-1], tokens.shape[1])
-                leading = x.shape[:-1]
+            z = project(module, x, self._basis, self.kernel, self.path)
+            leading: Sequence[int] = () if self.kernel else x.shape[:-1]
+            tokens = (z.flatten(2).transpose(1, 2) if self.kernel else z[None]).flatten(0, -2)
             weight = self.shared.weights(self.path, leading, x.device) if leading else None
             for slot in self.slots:
                 if slot.accumulator is not None:
@@ -133,11 +118,8 @@ class _ModuleTap:
         z = self._pending.pop()
         for slot in self.slots:
             assert slot.up is not None
-            if self.kernel:
-                batched = output if output.ndim == len(self.kernel) + 2 else output[None]
-                _add_convolution(batched, z[:, slot.active], slot.up, slot.stack.target.out_slice, self.path)
-            else:
-                _add_linear(output, z[..., slot.active], slot.up, slot.stack.target.out_slice)
+            active = columns(z, slot.active, self.kernel)
+            add(output, active, slot.up, slot.stack.target.out_slice, self.kernel, self.path)
         return output
 
 
@@ -169,13 +151,16 @@ class Tap:
         self._shared.weights = RowWeights(rows, self._padding)
 
     @contextmanager
-    def attached(self, root: nn.Module) -> Iterator[None]:
+    def attached(self, root: nn.Module) -> Iterator[list[nn.Module]]:
         """Hooks on the modules below `root` for the length of the block; always removed.
+
+        Yields:
+            The modules that have them.
 
         Raises:
             CalibrationError: A layer of the LoRAs is not a module of `root`.
         """
-        handles = []
+        handles, modules = [], []
         try:
             for module_tap in self._modules:
                 try:
@@ -184,7 +169,8 @@ class Tap:
                     raise CalibrationError("the model has no such layer.", layer=module_tap.path) from err
                 handles.append(module.register_forward_pre_hook(module_tap.before))
                 handles.append(module.register_forward_hook(module_tap.after))
-            yield
+                modules.append(module)
+            yield modules
         finally:
             for handle in handles:
                 handle.remove()
@@ -202,52 +188,3 @@ class Tap:
     def paths(self) -> list[str]:
         """Modules that this task's adapter acts on."""
         return [module.path for module in self._modules]
-
-
-def _add_linear(output: Tensor, z: Tensor, up: Tensor, rows: tuple[int, int] | None) -> None:
-    """output[..., rows] += z up^T, in place: the output of a linear layer is nobody else's yet."""
-    flat = output.view(-1, output.shape[-1]) if output.is_contiguous() else None
-    part = output if rows is None else output.narrow(-1, *rows)
-    if flat is not None and output.dtype == up.dtype:
-        flat = flat if rows is None else flat.narrow(1, *rows)
-        flat.addmm_(z.reshape(flat.shape[0], z.shape[-1]), up.T)
-    else:
-        part.add_(functional.linear(z, up).to(output.dtype))
-
-
-def _add_convolution(output: Tensor, z: Tensor, up: Tensor, rows: tuple[int, int] | None, path: str) -> None:
-    """output[:, rows] += up z at every position, in place."""
-    if output.shape[2:] != z.shape[2:]:
-        raise CalibrationError(
-            f"this convolution pads its input in a way of its own ({tuple(z.shape[2:])} positions, "
-            f"not {tuple(output.shape[2:])}).",
-            layer=path,
-            remedy="leave this layer out of the LoRAs.",
-        )
-    added = torch.einsum("or,brn->bon", up, z.flatten(2)).reshape(z.shape[0], -1, *z.shape[2:])
-    part = output if rows is None else output.narrow(1, *rows)
-    part.add_(added.to(output.dtype))
-
-
-def _project(x: Tensor, basis: Tensor) -> Tensor:
-    """(N, in) -> (N, R). float16 activations are projected in float32, a chunk at a time."""
-    if x.dtype == basis.dtype:
-        return functional.linear(x, basis)
-    return torch.cat([functional.linear(chunk.to(basis.dtype), basis) for chunk in x.split(_CHUNK)])
-
-
-def _convolve(module: nn.Module, x: Tensor, basis: Tensor, kernel: tuple[int, ...], path: str) -> Tensor:
-    """The down-convolution: (B, in, *space) -> (B, R, *space')."""
-    conv: Any = module
-    if getattr(conv, "groups", 1) != 1:
-        raise CalibrationError("a grouped convolution cannot be routed.", layer=path)
-    weight = basis.reshape(basis.shape[0], basis.shape[1] // math.prod(kernel), *kernel)
-    if x.shape[1] != weight.shape[1]:
-        raise CalibrationError(f"the layer reads {x.shape[1]} channels, the LoRA {weight.shape[1]}.", layer=path)
-    padding = conv.padding
-    x = x.to(basis.dtype)
-    if getattr(conv, "padding_mode", "zeros") != "zeros":
-        x = functional.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
-        padding = 0
-    result: Tensor = _CONVOLUTIONS[len(kernel)](x, weight, stride=conv.stride, padding=padding, dilation=conv.dilation)
-    return result

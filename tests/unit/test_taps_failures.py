@@ -5,7 +5,7 @@ import torch
 from helpers import LAYER, calibrated, conflicting_tasks, linear64, lora, randn, task
 from torch import nn
 
-from ssr_core import CalibrationError, Target, build_stacks, calibrate
+from ssr_core import CalibrationError, IncompatibleError, Target, build_stacks, calibrate
 from ssr_core.calibration import Calibrator
 
 IN, OUT = 8, 6
@@ -110,9 +110,9 @@ def test_missing_module_is_named_and_no_hook_stays():
     assert caught.value.layer == "zz.absent" and hooks_of(root) == [0, 0]
 
 
-def failing(module, tasks, call):
+def failing(module, tasks, call, kind=IncompatibleError):
     root = nn.ModuleDict({"layer": module})
-    with pytest.raises(CalibrationError) as caught:
+    with pytest.raises(kind) as caught:
         calibrate(root, tasks, build_stacks(tasks), lambda index, tap: call(module))
     assert caught.value.layer == "layer" and "layer" in str(caught.value)
     assert hooks_of(root) == [0, 0]
@@ -147,7 +147,8 @@ def test_a_convolution_that_pads_in_its_own_way_names_the_layer():
 
 
 def test_a_call_without_positional_tensor_names_the_layer():
-    failing(linear64(IN, OUT), conflicting_tasks(2, OUT, IN, 2), lambda m: m(input=randn(1, 3, IN)))
+    tasks = conflicting_tasks(2, OUT, IN, 2)
+    failing(linear64(IN, OUT), tasks, lambda m: m(input=randn(1, 3, IN)), CalibrationError)
 
 
 def test_a_pass_that_calls_no_layer_is_an_error():
