@@ -4,13 +4,14 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint test-host bench-padding bench-batching bench-conversion clean help
+.PHONY: demo test lint test-host compatibility bench-padding bench-batching bench-conversion clean help
 
 help:
 	@echo "make demo                            merge three small LoRAs, results in demo_output/"
 	@echo "make test                            everything that needs no ComfyUI"
 	@echo "make lint                            ruff and a strict type check"
 	@echo "make test-host COMFYUI_PATH=<path>   the real ComfyUI: loaders, server, KSampler (HOST_PYTHON=its python, ARGS='-k name')"
+	@echo "make compatibility COMFYUI_PATH=<path>  run every cell of docs/compatibility.md and write it anew"
 	@echo "make bench-padding, bench-batching, bench-conversion   measurements behind defaults (docs/benchmarks/)"
 	@echo "make clean                           remove the virtual environment and all outputs"
 
@@ -35,6 +36,10 @@ lint: $(STAMP)
 HOST_PYTHON ?= $(PYTHON)
 test-host:
 	COMFYUI_PATH=$(COMFYUI_PATH) $(HOST_PYTHON) -m pytest tests/host -rs -p no:cacheprovider $(ARGS)
+
+compatibility:
+	SSR_WRITE_COMPATIBILITY=1 COMFYUI_PATH=$(COMFYUI_PATH) $(HOST_PYTHON) -m pytest tests/host/test_compatibility.py -rs \
+	    -p no:cacheprovider $(ARGS)
 
 bench-padding: $(STAMP)
 	$(PY) -m benchmarks.padding

@@ -8,7 +8,28 @@ from typing import Any
 
 SIZE = 128
 FRAMES = 5
-FAMILIES = ("flux", "zimage", "wan21", "sdxl", "sd15")
+LATENTS = {
+    "flux": "EmptySD3LatentImage",
+    "flux2": "EmptyFlux2LatentImage",
+    "flux2_klein": "EmptyFlux2LatentImage",
+    "chroma": "EmptySD3LatentImage",
+    "sdxl": "EmptyLatentImage",
+    "sd15": "EmptyLatentImage",
+    "zimage": "EmptySD3LatentImage",
+    "lumina2": "EmptySD3LatentImage",
+    "sd3": "EmptySD3LatentImage",
+    "qwen_image": "EmptySD3LatentImage",
+    "qwen_image_edit": "EmptySD3LatentImage",
+    "hidream": "EmptySD3LatentImage",
+    "krea2": "EmptySD3LatentImage",
+    "wan21": "EmptyHunyuanLatentVideo",
+    "wan22": "EmptyHunyuanLatentVideo",
+    "hunyuan_video": "EmptyHunyuanLatentVideo",
+    "ltxv": "EmptyLTXVLatentVideo",
+    "anima": "EmptySD3LatentImage",
+}
+"""Core's node for an empty latent, by family."""
+FAMILIES = tuple(LATENTS)
 
 
 @dataclass(frozen=True)
@@ -47,10 +68,9 @@ class Graph:
         return self.add("TinyConditioning", family=family, seed=seed)
 
     def latent(self, family: str, size: int = SIZE) -> Node:
-        if family == "wan21":
-            return self.add("EmptyHunyuanLatentVideo", width=size, height=size, length=FRAMES, batch_size=1)
-        kind = "EmptyLatentImage" if family in ("sdxl", "sd15") else "EmptySD3LatentImage"
-        return self.add(kind, width=size, height=size, batch_size=1)
+        kind = LATENTS[family]
+        frames = {"length": FRAMES} if kind.endswith("Video") else {}
+        return self.add(kind, width=size, height=size, batch_size=1, **frames)
 
     def core_lora(self, model: Any, name: str, strength: float) -> Node:
         return self.add("LoraLoaderModelOnly", model=model, lora_name=name, strength_model=strength)

@@ -15,8 +15,8 @@ from .dialects import DIALECTS, TEXT_DIALECTS, Dialect, Entry, Shape, all_names
 
 Span = tuple[int, int]
 
-_RANKS = (4, 2, 6)
-_ALPHAS = (4.0, 1.0, 16.0)
+RANKS = (4, 2, 6)
+ALPHAS = (4.0, 1.0, 16.0)
 
 
 @dataclass
@@ -93,8 +93,8 @@ def write_lora(
             if not include(entry.module):
                 continue
             shape = part.modules[entry.module]
-            rank, alpha = _RANKS[(number + seed) % 3], _ALPHAS[number % 3] if part.dialect.alpha else None
-            up, down = (factor.to(dtype) for factor in _factors((entry.rows, *shape[1:]), rank, generator))
+            rank, alpha = RANKS[(number + seed) % 3], ALPHAS[number % 3] if part.dialect.alpha else None
+            up, down = (factor.to(dtype) for factor in factors((entry.rows, *shape[1:]), rank, generator))
             name = part.dialect.key(entry)
             tensors[name + part.dialect.up], tensors[name + part.dialect.down] = up, down
             if alpha is not None:
@@ -152,7 +152,7 @@ def read_lora(path: Path, family: str, modules: Mapping[str, Shape]) -> dict[str
     return {weight: part.delta for weight, part in truth.items()}
 
 
-def _factors(shape: Shape, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def factors(shape: Shape, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Random up and down; convolutions as LoCon writes them."""
     out, width = shape[0], torch.Size(shape[1:]).numel()
     up = torch.randn(out, rank, generator=generator) * (0.3 / rank**0.5)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .graphs import SIZE, Graph, Node
+from .graphs import FAMILIES, SIZE, Graph, Node
 from .loras import LoraFile, WeightDelta, family_lora
 from .server import Server
 
@@ -23,6 +23,13 @@ PAIRS = {
     "sdxl-convolutions": ("sdxl", "kohya", "kohya"),
     "sd15-convolutions": ("sd15", "kohya", "native"),
 }
+
+OTHER_FAMILIES = {
+    family: (family, "kohya", "native")
+    for family in FAMILIES
+    if family not in {first for first, _, _ in PAIRS.values()}
+}
+"""One pair for each family that PAIRS lacks; kohya and native name whole modules in all of them."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Task:
 
 def pair(base: Path, name: str) -> tuple[str, tuple[Task, Task]]:
     """A family and two LoRAs for it; the second lacks a third of the modules."""
-    family, first, second = PAIRS[name]
+    family, first, second = {**PAIRS, **OTHER_FAMILIES}[name]
     a = family_lora(base, family, first, seed=21)
     b = family_lora(base, family, second, seed=22, name=f"{name}_second", include=_most)
     return family, (Task(a, 1.0, 501), Task(b, 0.8, 502))

@@ -7,7 +7,7 @@ reference shares nothing with the pack.
 
 import pytest
 
-from .merging import PAIRS, SEED, MergeGraph, averaged, pair, row_groups, summed
+from .merging import OTHER_FAMILIES, PAIRS, SEED, MergeGraph, averaged, pair, row_groups, summed
 from .reference import Recording, routed
 from .weights import assert_added, base_weights, dumped, relative_error
 
@@ -70,7 +70,7 @@ def compare(server, base, case, **options):
     return tasks, expected
 
 
-@pytest.mark.parametrize("case", PAIRS)
+@pytest.mark.parametrize("case", [*PAIRS, *OTHER_FAMILIES])
 def test_router_equals_the_dense_reference(server, base, case):
     tasks, expected = compare(server, base, case)
     for trivial in (summed(tasks), averaged(tasks)):  # the comparison must be able to fail

@@ -4,7 +4,7 @@ import comfy.sd
 import torch
 from comfy.supported_models_base import ClipTarget
 
-from .families import random_state
+from .recipe import random_state
 
 _CLIP = {
     "hidden_size": 64,

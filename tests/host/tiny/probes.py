@@ -40,14 +40,20 @@ class DumpWeights(io.ComfyNode):
                 io.MultiType.Input("source", types=[io.Model, io.Clip]),
                 io.String.Input("prefix"),
                 io.Boolean.Input("base_only", default=False, optional=True),
+                io.Boolean.Input("changed_only", default=False, optional=True),
             ],
         )
 
     @classmethod
-    def execute(cls, source, prefix, base_only=False):
+    def execute(cls, source, prefix, base_only=False, changed_only=False):
         patcher = getattr(source, "patcher", source)
         comfy.model_management.load_models_gpu([patcher])
-        seen = {name: value.detach().cpu().clone() for name, value in patcher.model.state_dict().items()}
+        state = patcher.model.state_dict()
+        if changed_only:
+            changed = {name: state[name].detach().cpu() for name in patcher.backup}
+            save_file(changed, _output_path(prefix))
+            return io.NodeOutput(ui={"text": [json.dumps({"changed": len(changed)})]})
+        seen = {name: value.detach().cpu().clone() for name, value in state.items()}
         base = {name: patcher.backup[name].weight.cpu() if name in patcher.backup else seen[name] for name in seen}
         modules = list(patcher.model.modules())
         lazy = [getattr(m, name, None) for m in modules for name in ("weight_function", "bias_function")]
@@ -59,6 +65,23 @@ class DumpWeights(io.ComfyNode):
         if not base_only:
             save_file(seen, _output_path(prefix))
         return io.NodeOutput(ui={"text": [json.dumps(facts)]})
+
+
+class DumpReport(io.ComfyNode):
+    """Shows the whole report of a merge, every key with its fate, as JSON."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DumpReport",
+            category="ssr tests",
+            is_output_node=True,
+            inputs=[io.LoraModel.Input("lora")],
+        )
+
+    @classmethod
+    def execute(cls, lora):
+        return io.NodeOutput(ui={"text": [json.dumps(lora.origin.result.report.to_json())]})
 
 
 class RecordInputs(io.ComfyNode):
@@ -136,4 +159,4 @@ def _keep(rows: list[torch.Tensor], spatial: bool):
     return hook
 
 
-PROBE_NODES = [DumpWeights, RecordInputs, RecordTextInputs]
+PROBE_NODES = [DumpWeights, DumpReport, RecordInputs, RecordTextInputs]

@@ -4,14 +4,12 @@ import json
 
 import comfy.utils
 import folder_paths
-import torch
 from comfy_api.latest import io
 
 from .clips import KINDS, build_clip
-from .families import CONTEXT, FAMILIES
+from .families import FAMILIES
 
 LORA_STACK = io.Custom("LORA_STACK")
-_POOLED = {"flux": 64, "sdxl": 64}
 
 
 class TinyConditioning(io.ComfyNode):
@@ -26,16 +24,7 @@ class TinyConditioning(io.ComfyNode):
 
     @classmethod
     def execute(cls, family, seed):
-        generator = torch.Generator().manual_seed(seed)
-        # prompts of different lengths, so that the balance between them matters
-        tokens = 77 * (1 + seed % 2) if family in ("sdxl", "sd15") else 6 + seed % 7
-        text = torch.randn(1, tokens, CONTEXT[family], generator=generator)
-        extra = {}
-        if family in _POOLED:
-            extra["pooled_output"] = torch.randn(1, _POOLED[family], generator=generator)
-        if family == "flux":
-            extra["guidance"] = 3.5
-        return io.NodeOutput([[text, extra]])
+        return io.NodeOutput(FAMILIES[family]().text.sample(seed))
 
 
 class TinyCLIP(io.ComfyNode):
