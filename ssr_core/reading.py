@@ -95,9 +95,9 @@ class LayerReader:
         for old in self._owner.get((target, parameter), []):
             self._shadowed[old] = keys[0]
         self._owner[(target, parameter)] = keys
-        if parameter != "bias":
+        if parameter == "weight":
             self.layers.pop(target, None)
-            self.dense.pop((target, parameter), None)
+        self.dense.pop((target, parameter), None)
         self._vectors.pop((target, parameter), None)
 
     def _value(self, key: str) -> Tensor:
@@ -176,7 +176,7 @@ class LayerReader:
         value = self._value(key)
         rows = entry.weight_shape[0] if entry.target.out_slice is None else entry.target.out_slice[1]
         self._check_shape(key, value, (rows, *entry.weight_shape[1:]), entry.parameter, entry.target)
-        return value
+        return value if entry.row_order is None else value[list(entry.row_order)]
 
     def _bias(self, key: str, role: str, weight: Mapping[str, Spelled], entry: KeyTarget) -> KeyRecord:
         value = self._value(key)
