@@ -153,6 +153,7 @@ def test_header_that_contradicts_the_tensors(tmp_path, name):
 def test_a_header_from_before_conversions_is_read(tmp_path):
     path = edited(tmp_path, header=lambda h: [task.pop("convert_options") for task in h["tasks"]])
     assert load_calibration(path).tasks == example()[1].tasks
+    path.unlink()
     path = edited(tmp_path, header=lambda h: h["tasks"][1].update(convert_options=CONVERSION))
     assert load_calibration(path).tasks[1].convert_options == ConvertOptions(8, 0.1, "drop")
 

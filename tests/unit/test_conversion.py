@@ -17,10 +17,8 @@ from ssr_core import (
     SumMerge,
     Target,
     Task,
-    build_stacks,
     convert,
     converted_groups,
-    memory_need,
     merge,
     merge_metadata,
     read_adapter,
@@ -245,13 +243,3 @@ def test_metadata_names_the_conversion():
     sources = json.loads(text["ssr_merge"])["sources"]
     assert sources[0]["convert"] == {"max_rank": 1024, "tolerance": 1e-12, "rest": "pass_through"}
     assert sources[1]["convert"] is None
-
-
-def test_the_memory_forecast_leaves_out_what_hooks_cannot_watch():
-    both = {LAYER: lora(1, OUT, IN, 2), Target("embed"): lora(2, OUT, IN, 8)}
-    untapped = frozenset({Target("embed")})
-    tapped = [task(name, both, untapped=untapped) for name in "ab"]
-    only = [task(name, {LAYER: both[LAYER]}) for name in "ab"]
-    everything = [task(name, both) for name in "ab"]
-    needs = [memory_need(build_stacks(tasks), torch.float32) for tasks in (tapped, only, everything)]
-    assert needs[0] == needs[1] and needs[2].device > needs[0].device and needs[2].host > needs[0].host

@@ -17,6 +17,7 @@ from ssr_core import (
     calibrate,
     convert,
     load_calibration,
+    memory_need,
     merge,
     read_adapter,
     save_calibration,
@@ -60,6 +61,16 @@ def test_one_untapped_member_makes_the_stack_untapped():
         task("b", {EMBED: lora(2, OUT, IN, 2)}),
     ]
     assert [stack.tapped for stack in build_stacks(tasks)] == [False]
+
+
+def test_the_memory_forecast_leaves_out_what_hooks_cannot_watch():
+    both = {LAYER: lora(1, OUT, IN, 2), EMBED: lora(2, OUT, IN, 8)}
+    untapped = frozenset({EMBED})
+    tapped = [task(name, both, untapped=untapped) for name in "ab"]
+    only = [task(name, {LAYER: both[LAYER]}) for name in "ab"]
+    everything = [task(name, both) for name in "ab"]
+    needs = [memory_need(build_stacks(tasks), torch.float32) for tasks in (tapped, only, everything)]
+    assert needs[0] == needs[1] and needs[2].device > needs[0].device and needs[2].host > needs[0].host
 
 
 @pytest.mark.parametrize("kind", ["diff", "set_weight"])
