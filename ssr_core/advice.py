@@ -85,7 +85,9 @@ def warnings_for(
 def _truncated(task: Task) -> list[str]:
     """What the rank limit cut off a LoRA's converted layers."""
     options = task.adapter.convert_options
-    short = [one for one in task.adapter.conversions if options is not None and one.error > options.tolerance]
+    if options is None:
+        return []
+    short = [one for one in task.adapter.conversions if one.error > options.tolerance and one.rank >= options.max_rank]
     if not short:
         return []
     worst = max(short, key=lambda one: one.error)

@@ -11,8 +11,12 @@ from torch import Tensor
 from .adapters import DenseGroup, KeyRecord, KeyStatus, LoRALayer
 from .classify import bends, fate_of
 from .errors import IncompatibleError
+from .intermediates import kronecker_size, largest_intermediate
 from .spelling import Spelled
 from .targets import KeyTarget, Target
+
+_ROOM = 4
+"""Of a weight: what the host may hold at once while it makes a change of it."""
 
 _BIAS_ROLES = frozenset({"diff_b", "b_norm", "lora_bias"})
 
@@ -95,9 +99,9 @@ class LayerReader:
         for old in self._owner.get((target, parameter), []):
             self._shadowed[old] = keys[0]
         self._owner[(target, parameter)] = keys
-        if parameter != "bias":
+        if parameter == "weight":
             self.layers.pop(target, None)
-            self.dense.pop((target, parameter), None)
+        self.dense.pop((target, parameter), None)
         self._vectors.pop((target, parameter), None)
 
     def _value(self, key: str) -> Tensor:
@@ -129,19 +133,12 @@ class LayerReader:
             else:
                 values[key] = self._value(key)
         size = math.prod(entry.weight_shape)
-        if kind.startswith("LoKr"):
-            sizes = _kronecker_sizes(values)
-            if sizes is not None and math.prod(sizes) != math.prod((entry.out_features, *entry.weight_shape[1:])):
-                raise IncompatibleError(
-                    f"{keys[0]} and its partners make {math.prod(sizes)} values, the weight has {size}.",
-                    file=self.name,
-                    layer=str(entry.target),
-                    remedy="connect the base model that this LoRA was trained for.",
-                )
-        large = next((key for key, value in values.items() if value.numel() > 4 * size), None)
-        if large is not None:
+        shape = (entry.out_features, *entry.weight_shape[1:])
+        made = kronecker_size(values) if kind.startswith("LoKr") else None
+        needed = largest_intermediate(values, shape)
+        if needed > _ROOM * size or (made is not None and made != math.prod(shape)):
             raise IncompatibleError(
-                f"{large} {tuple(values[large].shape)} does not fit a weight of shape {entry.weight_shape}.",
+                f"{keys[0]} and its partners make {made or needed} values, the weight has {size}.",
                 file=self.name,
                 layer=str(entry.target),
                 remedy="connect the base model that this LoRA was trained for.",
@@ -153,7 +150,7 @@ class LayerReader:
         factors = {s.role: key for key, s in group.items()}
         up, down = self._value(factors["up"]), self._value(factors["down"])
         if "mid" in factors:
-            down = _fold_mid(down, self._value(factors["mid"]), self.name, factors["mid"])
+            down = _fold_mid(down, self._value(factors["mid"]), entry.in_features, self.name, factors["mid"])
         alpha = self._alpha(factors["alpha"]) if "alpha" in factors else None
         shapes = tuple(up.shape), tuple(down.shape)
         if up.ndim > 1 and down.ndim > 1:
@@ -176,7 +173,7 @@ class LayerReader:
         value = self._value(key)
         rows = entry.weight_shape[0] if entry.target.out_slice is None else entry.target.out_slice[1]
         self._check_shape(key, value, (rows, *entry.weight_shape[1:]), entry.parameter, entry.target)
-        return value
+        return value if entry.row_order is None else value[list(entry.row_order)]
 
     def _bias(self, key: str, role: str, weight: Mapping[str, Spelled], entry: KeyTarget) -> KeyRecord:
         value = self._value(key)
@@ -201,27 +198,15 @@ class LayerReader:
             )
 
 
-def _kronecker_sizes(values: Mapping[str, Tensor]) -> tuple[int, int] | None:
-    """Number of values of both Kronecker factors; None where parts are missing or have no such shape."""
-    by_part = {key.rpartition(".lokr_")[2]: value for key, value in values.items()}
-    sizes = []
-    for part in ("w1", "w2"):
-        a, b = by_part.get(f"{part}_a"), by_part.get(f"{part}_b")
-        core = by_part.get("t2") if part == "w2" else None
-        if part in by_part:
-            sizes.append(by_part[part].numel())
-        elif a is None or b is None or a.ndim != 2 or b.ndim != 2:
-            return None
-        elif core is None:
-            sizes.append(a.shape[0] * b.shape[1])
-        else:
-            sizes.append(a.shape[1] * b.shape[1] * math.prod(core.shape[2:]))
-    return sizes[0], sizes[1]
-
-
-def _fold_mid(down: Tensor, mid: Tensor, name: str, key: str) -> Tensor:
-    """Fold a Tucker core into `down`: (r, in, 1, 1) and (r, r, *kernel) -> (r, in, *kernel)."""
+def _fold_mid(down: Tensor, mid: Tensor, width: int, name: str, key: str) -> Tensor:
+    """Fold a Tucker core into `down`: (r, in, 1, 1) and (r, r, *kernel) -> (r, in, *kernel), `width` a row."""
     pointwise = down.ndim >= 2 and down.numel() == down.shape[0] * down.shape[1]
-    if not pointwise or mid.ndim < 3 or tuple(mid.shape[:2]) != (down.shape[0], down.shape[0]):
+    square = mid.ndim >= 3 and tuple(mid.shape[:2]) == (down.shape[0], down.shape[0]) if pointwise else False
+    if not square or down.shape[0] == 0 or down.shape[1] * math.prod(mid.shape[2:]) != width:
         raise IncompatibleError(f"{key} {tuple(mid.shape)} does not fit its down {tuple(down.shape)}.", file=name)
-    return torch.einsum("abk,bi->aik", mid.flatten(2), down.flatten(1)).reshape(*mid.shape[:1], -1, *mid.shape[2:])
+    dtype = torch.promote_types(down.dtype, mid.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    folded = torch.einsum("abk,bi->aik", mid.to(wide).flatten(2), down.to(wide).flatten(1)).to(dtype)
+    if not bool(torch.isfinite(folded).all()):
+        raise IncompatibleError(f"{key} times its down does not fit into {dtype}.", file=name)
+    return folded.reshape(down.shape[0], down.shape[1], *mid.shape[2:])

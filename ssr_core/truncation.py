@@ -19,6 +19,7 @@ OVERSAMPLING = 16
 POWER_ITERATIONS = 2
 
 _ROWS = 4096
+_TINY, _HUGE = 1e-25, 1e25
 
 
 class Truncation(NamedTuple):
@@ -59,6 +60,9 @@ def truncate(matrix: Tensor, max_rank: int, tolerance: float) -> Truncation:
     norm = float(matrix.norm(dtype=torch.float64))
     if norm == 0:
         return Truncation(matrix.new_zeros(1, matrix.shape[1]), matrix.new_zeros(matrix.shape[0], 1), 0.0)
+    dtype = matrix.dtype
+    if not _TINY < norm < _HUGE:  # products of such numbers leave float32
+        matrix = matrix.double()
     if wanted + OVERSAMPLING >= size // 4:
         u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
         rest = 0.0
@@ -66,13 +70,13 @@ def truncate(matrix: Tensor, max_rank: int, tolerance: float) -> Truncation:
         u, s, vh, rest = _randomised(matrix, wanted + OVERSAMPLING)
     energy = s.double().square()
     tail = energy.flip(0).cumsum(0).flip(0) + rest**2  # energy lost if only the directions before are kept
-    limit = max(tolerance, torch.finfo(matrix.dtype).eps) * norm
+    limit = max(tolerance, torch.finfo(dtype).eps) * norm
     enough = (tail <= limit**2).nonzero()
     rank = max(1, min(wanted, int(enough[0]) if len(enough) else len(s)))
     left = float(tail[rank]) if rank < len(s) else rest**2
     sign = vh[:rank].gather(1, vh[:rank].abs().argmax(dim=1, keepdim=True)).sign()
     down, up = balance(vh[:rank] * sign, u[:, :rank] * (s[:rank] * sign[:, 0]))
-    return Truncation(down.to(matrix.dtype).contiguous(), up.to(matrix.dtype).contiguous(), left**0.5 / norm)
+    return Truncation(down.to(dtype).contiguous(), up.to(dtype).contiguous(), left**0.5 / norm)
 
 
 def _randomised(matrix: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, float]:

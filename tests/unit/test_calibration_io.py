@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ssr_core import (
+    ConvertOptions,
     FileError,
     SSRMerge,
     Target,
@@ -118,6 +119,7 @@ def test_damaged_header(tmp_path, raw):
     refused(edited(tmp_path, raw=raw))
 
 
+CONVERSION = {"max_rank": 8, "tolerance": 0.1, "rest": "drop"}
 HEADER_DAMAGE = {
     "task without name": lambda h: h["tasks"][0].pop("name"),
     "strength is a word": lambda h: h["tasks"][0].update(strength_model="much"),
@@ -134,12 +136,26 @@ HEADER_DAMAGE = {
     "settings": lambda h: h.update(settings=5),
     "one stack more": lambda h: h["stacks"].append(h["stacks"][0]),
     "stacks missing": lambda h: h.pop("stacks"),
+    "conversion is a word": lambda h: h["tasks"][0].update(convert_options="fully"),
+    "conversion without rank": lambda h: h["tasks"][0].update(convert_options={"tolerance": 1, "rest": "drop"}),
+    "conversion of infinite rank": lambda h: h["tasks"][0].update(convert_options={**CONVERSION, "max_rank": math.inf}),
+    "conversion of negative rank": lambda h: h["tasks"][0].update(convert_options={**CONVERSION, "max_rank": -1}),
+    "conversion within nan": lambda h: h["tasks"][0].update(convert_options={**CONVERSION, "tolerance": math.nan}),
+    "conversion of unknown rest": lambda h: h["tasks"][0].update(convert_options={**CONVERSION, "rest": "forget"}),
 }
 
 
 @pytest.mark.parametrize("name", HEADER_DAMAGE)
 def test_header_that_contradicts_the_tensors(tmp_path, name):
     refused(edited(tmp_path, header=HEADER_DAMAGE[name]))
+
+
+def test_a_header_from_before_conversions_is_read(tmp_path):
+    path = edited(tmp_path, header=lambda h: [task.pop("convert_options") for task in h["tasks"]])
+    assert load_calibration(path).tasks == example()[1].tasks
+    path.unlink()
+    path = edited(tmp_path, header=lambda h: h["tasks"][1].update(convert_options=CONVERSION))
+    assert load_calibration(path).tasks[1].convert_options == ConvertOptions(8, 0.1, "drop")
 
 
 def test_another_version(tmp_path):
