@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .loras import model_shapes, read_lora
-from .merging import MergeGraph, Node, pair
+from .merging import PAIRS, MergeGraph, Node, pair
 from .reference import patches
 from .server import Result, Server
+from .weights import facts
 
 STORED = {
     "float8_e4m3fn": "float8_e4m3fn",
@@ -44,7 +45,7 @@ def load_base(graph: MergeGraph, family: str, kind: str | None) -> Node:
     if kind.startswith("unscaled_"):
         dtype = kind.removeprefix("unscaled_")
         return graph.add("UNETLoader", unet_name=f"tiny_{family}.safetensors", weight_dtype=dtype)
-    return graph.add("UNETLoader", unet_name=f"tiny_{family}_{kind}.safetensors", weight_dtype="default")
+    return graph.add("QuantisedLoader", family=family, kind=kind)
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Measured:
         report: Of the merge node.
         latent: What KSampler gave.
         hooks: Hooks left on the model afterwards.
+        base_hash: Of the base weights afterwards.
     """
 
     errors: Mapping[str, float]
@@ -66,6 +68,7 @@ class Measured:
     report: str
     latent: Tensor
     hooks: int
+    base_hash: str
 
 
 def measure(server: Server, base: Path, case: str, kind: str | None, apply: str, **options) -> Measured:
@@ -84,11 +87,24 @@ def measure(server: Server, base: Path, case: str, kind: str | None, apply: str,
     again = load_base(after, family, kind)
     dump = after.dump(again, f"{prefix}_after", base_only=True)
     after.add("ReplayLayers", model=again, prefix=prefix)
-    facts = json.loads(server.run(after.prompt).ok().text(dump))
-    path = base / "output" / "loras" / re.split(r"[\\/]", result.text(saved))[-1]
-    deltas = read_lora(path, family, model_shapes(base, family))
+    left = facts(server.run(after.prompt).ok(), dump)
+    deltas = saved_deltas(base, family, result, saved)
     errors, changed = _compare(base / "output" / "probes", prefix, deltas)
-    return Measured(errors, changed, deltas, result.text(text), latent_of(base, result, sample), facts["hooks"])
+    latent = latent_of(base, result, sample)
+    return Measured(errors, changed, deltas, result.text(text), latent, left["hooks"], left["base_hash"])
+
+
+def base_hash(server: Server, case: str, kind: str | None) -> str:
+    """Hash of a base model's weights, without its patches."""
+    graph = MergeGraph(server)
+    dump = graph.dump(load_base(graph, PAIRS[case][0], kind), f"{case}_{kind}_hash", base_only=True)
+    return facts(server.run(graph.prompt).ok(), dump)["base_hash"]
+
+
+def saved_deltas(base: Path, family: str, result: Result, saved: Node) -> dict[str, Tensor]:
+    """What an SSR Save LoRA node wrote, dense float64."""
+    path = base / "output" / "loras" / re.split(r"[\\/]", result.text(saved))[-1]
+    return read_lora(path, family, model_shapes(base, family))
 
 
 def latent_of(base: Path, result: Result, node: object) -> Tensor:

@@ -7,21 +7,29 @@ installs the detection override and writes the checkpoints, so that the real UNE
 if __package__:
     from comfy_api.latest import ComfyExtension, io
 
-    from . import detection, families, quantise
+    from . import detection, families
     from .faults import FAULT_NODES
     from .layers import LAYER_NODES
     from .modes import MODE_NODES
     from .packed import PACKED_NODES
     from .probes import PROBE_NODES
+    from .quantise import QUANTISED_NODES
     from .sources import SOURCE_NODES
 
     detection.install()
     families.write_missing()
-    quantise.write_missing()
 
     class TinyExtension(ComfyExtension):
         async def get_node_list(self) -> list[type[io.ComfyNode]]:
-            return [*SOURCE_NODES, *PROBE_NODES, *FAULT_NODES, *LAYER_NODES, *MODE_NODES, *PACKED_NODES]
+            return [
+                *SOURCE_NODES,
+                *PROBE_NODES,
+                *FAULT_NODES,
+                *LAYER_NODES,
+                *MODE_NODES,
+                *PACKED_NODES,
+                *QUANTISED_NODES,
+            ]
 
     async def comfy_entrypoint() -> ComfyExtension:
         return TinyExtension()

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from .probes import _output_path
-from .quantise import quantised_modules
+from .quantise import quantised_parameters
 
 
 class RecordLayers(io.ComfyNode):
@@ -90,14 +90,17 @@ class TwinModel(io.ComfyNode):
                 io.Model.Input("plain", tooltip="The unquantised model, whose weights are replaced."),
                 io.Model.Input("quantised"),
                 io.String.Input("deltas", default="", tooltip="Safetensors below the output folder; empty for none."),
+                io.String.Input("salt", default="", tooltip="Another value makes the node read its file again."),
             ],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def execute(cls, plain, quantised, deltas):
+    def execute(cls, plain, quantised, deltas, salt):
         changes = load_file(f"{folder_paths.get_output_directory()}/{deltas}") if deltas else {}
-        weights = {name: value.double() for name, value in quantised_modules(quantised.model)}
+        # models share their modules with their clones: what an earlier graph patched must be off before reading
+        comfy.model_management.load_models_gpu([plain, quantised])
+        weights = {name: value.double() for name, value in quantised_parameters(quantised.model)}
         patches = {}
         state = plain.model.state_dict()
         for name, value in state.items():

@@ -9,13 +9,15 @@ from pathlib import Path
 import comfy.quant_ops
 import folder_paths
 import torch
+from comfy_api.latest import io
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+import nodes
 
 BLOCK = 128
 """Every dimension of a quantised matrix is a multiple of this; the widest block of any format."""
 
-FAMILIES = ("flux", "wan21")
 FORMATS: dict[str, tuple[str, dict]] = {
     "float8_e4m3fn": ("float8_e4m3fn", {}),
     "float8_e5m2": ("float8_e5m2", {}),
@@ -35,23 +37,32 @@ def fits(name: str, value: torch.Tensor) -> bool:
     return name.endswith(".weight") and value.ndim == 2 and all(n % BLOCK == 0 for n in value.shape)
 
 
-def checkpoint(family: str, kind: str) -> Path:
-    return Path(folder_paths.models_dir, "diffusion_models", f"tiny_{family}_{kind}.safetensors")
+class QuantisedLoader(io.ComfyNode):
+    """UNETLoader of a checkpoint that is written first if it is not there yet."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QuantisedLoader",
+            category="ssr tests",
+            inputs=[io.String.Input("family"), io.Combo.Input("kind", options=list(KINDS))],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, family, kind):
+        path = Path(folder_paths.models_dir, "diffusion_models", f"tiny_{family}_{kind}.safetensors")
+        if not path.exists():
+            _write(path.with_name(f"tiny_{family}.safetensors"), path, kind)
+        return io.NodeOutput(*nodes.UNETLoader().load_unet(path.name, "default"))
 
 
-def write_missing() -> None:
-    """Write the files that are not there yet."""
-    for family in FAMILIES:
-        plain = checkpoint(family, "x").with_name(f"tiny_{family}.safetensors")
-        with safe_open(plain, "pt") as file:
-            metadata = file.metadata()
-        state = load_file(plain)
-        for kind in KINDS:
-            path = checkpoint(family, kind)
-            if path.exists():
-                continue
-            tensors = _scaled_fp8(state) if kind == "scaled_fp8" else _mixed_precision(state, kind)
-            save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata=metadata)
+def _write(plain: Path, path: Path, kind: str) -> None:
+    with safe_open(plain, "pt") as file:
+        metadata = file.metadata()
+    state = load_file(plain)
+    tensors = _scaled_fp8(state) if kind == "scaled_fp8" else _mixed_precision(state, kind)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata=metadata)
 
 
 def _mixed_precision(state: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
@@ -92,15 +103,18 @@ def _scaled_fp8(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return out
 
 
-def quantised_modules(root: torch.nn.Module):
-    """(weight name, float weight as the layer means it) of every quantised layer."""
-    for name, module in root.named_modules():
-        weight = getattr(module, "weight", None)
-        if hasattr(weight, "unpacked"):
-            yield f"{name}.weight", weight.unpacked()
-        elif isinstance(weight, comfy.quant_ops.QuantizedTensor):
-            dense = weight.dequantize().double()
-            scale = getattr(module, "pre_quant_scale", None)
-            yield f"{name}.weight", dense if scale is None else dense * scale.double()
-        elif weight is not None and weight.dtype.itemsize == 1:
-            yield f"{name}.weight", weight.double()
+def quantised_parameters(root: torch.nn.Module):
+    """(name, float value as the layer means it) of every parameter that is not stored as a wide float."""
+    for path, module in root.named_modules():
+        for name, value in module.named_parameters(recurse=False):
+            if hasattr(value, "unpacked"):
+                yield f"{path}.{name}", value.unpacked()
+            elif isinstance(value, comfy.quant_ops.QuantizedTensor):
+                dense = value.dequantize().double()
+                scale = getattr(module, "pre_quant_scale", None)
+                yield f"{path}.{name}", dense if scale is None else dense * scale.double()
+            elif value.dtype.itemsize == 1:
+                yield f"{path}.{name}", value.double()
+
+
+QUANTISED_NODES = [QuantisedLoader]
