@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ssr_core import DenseGroup, IncompatibleError
+from ..ssr_core import Adapter, DenseGroup, IncompatibleError
 from . import host, host_weights
 
 _NEEDS_BASE = ("DoRA", "OFT", "GLoRA", "replacement")
@@ -25,7 +25,7 @@ class DenseChanges:
     """Computes the changes that one file makes to one MODEL and CLIP.
 
     Args:
-        name: The LoRA's name in messages.
+        adapter: The file as it was read.
         tensors: Content of the file.
         owners: MODEL and CLIP by part; absent ones are missing.
         core_keys: The host's key maps by part.
@@ -35,14 +35,15 @@ class DenseChanges:
 
     def __init__(
         self,
-        name: str,
+        adapter: Adapter,
         tensors: Mapping[str, Tensor],
         owners: Mapping[str, Any],
         core_keys: Mapping[str, Mapping[str, Any]],
         strengths: Mapping[str, float],
         device: torch.device,
     ) -> None:
-        self._name, self._tensors, self._owners = name, tensors, owners
+        self._name, self._tensors, self._owners = adapter.name, tensors, owners
+        self._loader_keys = {record.key: record.loader_key for record in adapter.records}
         self._core_keys, self._strengths, self._device = core_keys, strengths, device
 
     def __call__(self, group: DenseGroup) -> Tensor:
@@ -63,7 +64,7 @@ class DenseChanges:
 
     def _patch(self, group: DenseGroup) -> tuple[Any, Any]:
         """The one patch that the host makes of the group's keys."""
-        chosen = {key.removeprefix("base_model.model."): self._tensors[key] for key in group.keys}
+        chosen = {self._loader_keys[key]: self._tensors[key] for key in group.keys}
         try:
             patches = host_weights.patches_of(chosen, self._core_keys[group.target.part])
         except ValueError as err:

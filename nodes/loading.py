@@ -79,7 +79,7 @@ def load(
             "clip": 0.0 if clip is None else entry.strength_clip,
         }
         changes = DenseChanges(
-            entry.name, content, {"model": model, "clip": clip}, core_keys, strengths, host.compute_device(model)
+            adapter, content, {"model": model, "clip": clip}, core_keys, strengths, host.compute_device(model)
         )
         converted = convert(
             adapter,
@@ -114,8 +114,8 @@ def pass_through(loaded: Loaded, index: int, part: Part, owner: Any, core_keys: 
     """
     task = loaded.tasks[index]
     records = task.adapter.keys_with("unsupported")
-    names = [record.key for record in records if record.target is not None and record.target.part == part]
-    return _host_patched(loaded, index, part, owner, names, core_keys)
+    keys = [record.key for record in records if record.target is not None and record.target.part == part]
+    return _host_patched(loaded, index, part, owner, keys, core_keys)
 
 
 def rest(loaded: Loaded, index: int, part: Part, owner: Any, core_keys: Mapping[str, Any]) -> Any:
@@ -128,14 +128,17 @@ def rest(loaded: Loaded, index: int, part: Part, owner: Any, core_keys: Mapping[
 
 
 def _host_patched(
-    loaded: Loaded, index: int, part: Part, owner: Any, names: Sequence[str], core_keys: Mapping[str, Any]
+    loaded: Loaded, index: int, part: Part, owner: Any, keys: Sequence[str], core_keys: Mapping[str, Any]
 ) -> Any:
     task = loaded.tasks[index]
     strength = task.strength(part)
-    if not names or strength == 0:
+    if not keys or strength == 0:
         return owner
+    spelled = {record.key: record.loader_key for record in task.adapter.records}
     try:
-        return patches.apply_host_patches(owner, loaded.tensors[index], names, strength, core_keys)
+        return patches.apply_host_patches(
+            owner, loaded.tensors[index], {key: spelled[key] for key in keys}, strength, core_keys
+        )
     except IncompatibleError as err:
         raise IncompatibleError(err.what, file=task.name, remedy=err.remedy) from err
 

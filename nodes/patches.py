@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +62,25 @@ def _patch_key(target: Target, parameter: str) -> Any:
 
 
 def apply_host_patches(
-    owner: Any, tensors: Mapping[str, Tensor], names: Iterable[str], strength: float, core: host.CoreKeyMap
+    owner: Any, tensors: Mapping[str, Tensor], keys: Mapping[str, str], strength: float, core: host.CoreKeyMap
 ) -> Any:
     """A clone with some keys of a LoRA file as the host's own patches (DoRA, LoHa and the like).
+
+    Args:
+        owner: MODEL or CLIP.
+        tensors: Content of the file.
+        keys: Which keys, and how the host's loader spells each.
+        strength: Of the patches.
+        core: The host's key map.
 
     Raises:
         IncompatibleError: The host itself cannot apply one of the keys.
     """
-    chosen = {name.removeprefix("base_model.model."): tensors[name] for name in names}
+    chosen = {loader_key: tensors[key] for key, loader_key in keys.items()}
+    if len(chosen) < len(keys):
+        raise IncompatibleError(
+            f"{next(iter(keys))} is given under two names.", remedy="remove one of them from the file."
+        )
     try:
         patches = host.read_patches(chosen, core)
     except KeyError as err:
