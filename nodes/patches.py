@@ -46,6 +46,11 @@ def with_layers(owner: Any, layers: Mapping[Target, LoRALayer], strength: float)
     return _patched(owner, {_patch_key(t, "weight"): host.lora_adapter(one) for t, one in layers.items()}, strength)
 
 
+def parameters_of(owner: Any | None) -> set[str]:
+    """Names of all that can be patched on a MODEL or CLIP; nothing where none is connected."""
+    return set() if owner is None else set(getattr(owner, "patcher", owner).model.state_dict())
+
+
 def _patched(owner: Any, patches: Mapping[Any, Any], strength: float) -> Any:
     """A clone with patches, all of which have to be taken: ComfyUI drops unknown ones in silence."""
     clone = owner.clone()

@@ -8,6 +8,7 @@ if __package__:
     from comfy_api.latest import ComfyExtension, io
 
     from . import detection, families
+    from .conversions import CONVERSION_NODES
     from .faults import FAULT_NODES
     from .probes import PROBE_NODES
     from .sources import SOURCE_NODES
@@ -17,7 +18,7 @@ if __package__:
 
     class TinyExtension(ComfyExtension):
         async def get_node_list(self) -> list[type[io.ComfyNode]]:
-            return [*SOURCE_NODES, *PROBE_NODES, *FAULT_NODES]
+            return [*SOURCE_NODES, *PROBE_NODES, *FAULT_NODES, *CONVERSION_NODES]
 
     async def comfy_entrypoint() -> ComfyExtension:
         return TinyExtension()
