@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ssr_core import DenseGroup, IncompatibleError
+from ..ssr_core import DenseGroup, IncompatibleError, host_key
 from . import host_weights
 
 _NEEDS_BASE = ("DoRA", "OFT", "GLoRA", "replacement")
@@ -60,9 +60,10 @@ class DenseChanges:
 
     def _patch(self, group: DenseGroup) -> tuple[Any, Any]:
         """The one patch that the host makes of the group's keys."""
-        chosen = {key.removeprefix("base_model.model."): self._tensors[key] for key in group.keys}
+        core = self._core_keys[group.target.part]
+        chosen = {host_key(key, core): self._tensors[key] for key in group.keys}
         try:
-            patches = host_weights.patches_of(chosen, self._core_keys[group.target.part])
+            patches = host_weights.patches_of(chosen, core)
         except ValueError as err:
             raise self._error(group, str(err)) from err
         if len(patches) != 1:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..ssr_core import IncompatibleError, LoRALayer, MergeResult, Part, Target
+from ..ssr_core import IncompatibleError, LoRALayer, MergeResult, Part, Target, host_key
 from . import host
 
 
@@ -74,7 +74,7 @@ def apply_host_patches(
     Raises:
         IncompatibleError: The host itself cannot apply one of the keys.
     """
-    chosen = {name.removeprefix("base_model.model."): tensors[name] for name in names}
+    chosen = {host_key(name, core): tensors[name] for name in names}
     try:
         patches = host.read_patches(chosen, core)
     except KeyError as err:

@@ -32,7 +32,7 @@ from .merge import MergeResult, check_unsupported, describe, merge
 from .metadata import merge_metadata
 from .methods import METHODS, AverageMerge, GainsMerge, MergeMethod, PaperMerge, SSRMerge, SumMerge
 from .padding import PaddingMode, TextRows
-from .parse import read_adapter
+from .parse import host_key, read_adapter
 from .report import FileAccount, LayerReport, MergeReport
 from .router import ANCHORS, Anchor
 from .stacks import LayerStack, Task, build_stacks
@@ -96,6 +96,7 @@ __all__ = [
     "convert",
     "converted_groups",
     "describe",
+    "host_key",
     "load_calibration",
     "memory_need",
     "merge",

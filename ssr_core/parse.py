@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from torch import Tensor
 
@@ -68,7 +68,14 @@ def read_adapter(tensors: Mapping[str, Tensor], key_map: KeyMap, *, name: str, f
     )
 
 
-def _find(base: str, key_map: KeyMap) -> str | None:
+def host_key(key: str, names: Container[str]) -> str:
+    """A key of a file under the base name that the model knows: without peft's prefix where the model has none."""
+    spelled = split_key(key)
+    found = None if spelled is None else _find(spelled.base, names)
+    return key if spelled is None or found is None else found + key[len(spelled.base) :]
+
+
+def _find(base: str, key_map: Container[str]) -> str | None:
     if base in key_map:
         return base
     stripped = base.removeprefix(_STRIPPED_PREFIX)

@@ -5,7 +5,7 @@ import torch
 from helpers import F64, randn, rel
 from torch import nn
 
-from ssr_core import KeyTarget, Target, read_adapter
+from ssr_core import KeyTarget, Target, host_key, read_adapter
 
 SPELLINGS = {
     "kohya": (".lora_up.weight", ".lora_down.weight"),
@@ -54,6 +54,22 @@ def test_float8_factors_are_widened_exactly():
 def test_peft_prefix(prefix):
     adapter = read({f"{prefix}blocks.0.fc.lora_B.weight": UP, f"{prefix}blocks.0.fc.lora_A.weight": DOWN})
     assert rel(adapter.layers[Target("blocks.0.fc")].delta(), UP @ DOWN) < 1e-14
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("base_model.model.fc.hada_w1_a", "fc.hada_w1_a"),
+        ("base_model.model.attn.to_q.dora_scale", "base_model.model.attn.to_q.dora_scale"),
+        ("base_model.model.attn.to_q_lora.up.weight", "base_model.model.attn.to_q_lora.up.weight"),
+        ("fc.lokr_w1", "fc.lokr_w1"),
+        ("base_model.model.unknown.lokr_w1", "base_model.model.unknown.lokr_w1"),
+        ("base_model.model.fc.not_a_suffix", "base_model.model.fc.not_a_suffix"),
+    ],
+)
+def test_pefts_prefix_goes_only_where_the_model_has_no_name_with_it(key, expected):
+    """Some families (SD3, PixArt) have names that begin with it."""
+    assert host_key(key, {"fc": 1, "base_model.model.attn.to_q": 2}) == expected
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
