@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..ssr_core import IncompatibleError, LoRALayer, MergeResult, Part, Target, host_key
-from . import host
+from . import host, host_weights
 
 
 def apply(owner: Any, part: Part, result: MergeResult) -> Any:
@@ -76,10 +76,11 @@ def apply_host_patches(
     """
     chosen = {host_key(name, core): tensors[name] for name in names}
     try:
-        patches = host.read_patches(chosen, core)
-    except KeyError as err:
+        patches = host_weights.patches_of(chosen, core)
+    except ValueError as err:
         raise IncompatibleError(
-            f"{err.args[0]} is missing beside its partner.", remedy="export the LoRA again, or leave it out."
+            f"ComfyUI cannot load {next(iter(chosen))} and the keys beside it ({err}).",
+            remedy="export the LoRA again, or leave it out.",
         ) from err
     clone = owner.clone()
     taken = set(clone.add_patches(patches, strength))

@@ -5,9 +5,12 @@ import sys
 import time
 from pathlib import Path
 
+import comfy.lora
 import comfy.model_management
+import torch
 from comfy_api.latest import io
 
+STRENGTHS = (0.7, 0.7)
 _STATE = {"calls": 0, "delay": 0.0}
 
 
@@ -90,20 +93,54 @@ def _outcome(path, model, clip, convert_rank):
 
 
 def _load(path, model, clip, options, progress):
+    """Merge the file with nothing; the first thing that is wrong with the result, in words."""
     core, loading, patches = pack("ssr_core"), pack("nodes.loading"), pack("nodes.patches")
     tensors, _ = core.read_safetensors(path)
-    entry = pack("nodes.entries").LoRAEntry(path.name, path.name, 0.7, 0.7, ("p",), tensors=tensors, convert=options)
+    entry = pack("nodes.entries").LoRAEntry(path.name, path.name, *STRENGTHS, ("p",), tensors=tensors, convert=options)
     loaded = loading.load((entry,), model, clip, progress)
-    records = [record.key for record in loaded.tasks[0].adapter.records]
+    adapter = loaded.tasks[0].adapter
     result = core.merge(loaded.tasks, core.SumMerge(), unsupported="pass_through")
+    wrong = ""
     for part, owner, keys in zip(
         ("model", "clip"), (model, clip), pack("nodes.host").core_key_map(model, clip), strict=True
     ):
         if owner is not None:
-            owner = loading.rest(loaded, 0, part, owner, keys)
-            patches.apply(loading.pass_through(loaded, 0, part, owner, keys), part, result)
+            changed = loading.rest(loaded, 0, part, owner, keys)
+            changed = patches.apply(loading.pass_through(loaded, 0, part, changed, keys), part, result)
+            wrong = wrong or _difference(changed, _by_core(owner, tensors, keys))
     fates = result.report.files[0]
-    return "" if records == list(tensors) and sum(fates.fates.values()) == len(tensors) else "keys without a fate"
+    if [record.key for record in adapter.records] != list(tensors) or sum(fates.fates.values()) != len(tensors):
+        return "keys without a fate"
+    return wrong
+
+
+def _by_core(owner, tensors, keys):
+    """Weights of a MODEL or CLIP with the file as LoraLoader puts it on; without those that it stumbles over."""
+    clone, weights, found = owner.clone(), pack("nodes.host_weights"), {}
+    try:
+        clone.add_patches(comfy.lora.load_lora(dict(tensors), dict(keys), log_missing=False), STRENGTHS[0])
+    except (RuntimeError, KeyError, IndexError, TypeError):
+        return None
+    for key in clone.patches:
+        try:
+            found[key] = weights.current_weight(clone, key, torch.device("cpu"))
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NameError):
+            found[key] = None
+    return found
+
+
+def _difference(ours, core):
+    """The first weight that LoraLoader would change otherwise; biases are left to other tests."""
+    weights, device = pack("nodes.host_weights"), torch.device("cpu")
+    for key in sorted(set(ours.patches) | set(core or {})) if core is not None else ():
+        if key.endswith(".bias") or core.get(key, 0) is None:
+            continue
+        base = weights.base_weight(ours, key, device)
+        a, b = weights.current_weight(ours, key, device), core.get(key, base)
+        gap, change, size = float((a - b).norm()), float((b - base).norm()), float(base.norm())
+        if not gap <= 1e-3 * change + 1e-6 * size:
+            return f"{key} differs from LoraLoader's by {gap}, its change is {change}, the weight {size}"
+    return ""
 
 
 CONVERSION_NODES = [ConversionProbe, LoadEach]
