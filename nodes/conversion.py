@@ -64,9 +64,10 @@ class DenseChanges:
 
     def _patch(self, group: DenseGroup) -> tuple[Any, Any]:
         """The one patch that the host makes of the group's keys."""
+        core = self._core_keys[group.target.part]
         chosen = {self._loader_keys[key]: self._tensors[key] for key in group.keys}
         try:
-            patches = host_weights.patches_of(chosen, self._core_keys[group.target.part])
+            patches = host_weights.patches_of(chosen, core)
         except ValueError as err:
             raise self._error(group, str(err)) from err
         if len(patches) != 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,12 +72,17 @@ def load(
         tensors.append(content)
     progress.stage(progress.reached, CONVERSION_SHARE, sum(len(adapter.dense) for adapter in adapters))
     core_keys = dict(zip(("model", "clip"), host.core_key_map(model, clip), strict=True))
+    parameters: dict[Part, Collection[str]] = {
+        "model": patches.parameters_of(model),
+        "clip": patches.parameters_of(clip),
+    }
     tasks = []
     for entry, content, adapter in zip(used, tensors, adapters, strict=True):
         strengths: dict[Part, float] = {
             "model": entry.strength_model,
             "clip": 0.0 if clip is None else entry.strength_clip,
         }
+        _check_vectors(adapter, strengths, parameters)
         changes = DenseChanges(
             adapter, content, {"model": model, "clip": clip}, core_keys, strengths, host.compute_device(model)
         )
@@ -91,6 +96,21 @@ def load(
         )
         tasks.append(Task(converted, strengths["model"], strengths["clip"], entry.identity))
     return Loaded(tuple(used), tuple(tasks), key_map, tuple(tensors))
+
+
+def _check_vectors(
+    adapter: Adapter, strengths: Mapping[Part, float], parameters: Mapping[Part, Collection[str]]
+) -> None:
+    """Refuse a bias of a layer that has none before the slow part; ComfyUI drops it in silence."""
+    for target, parameter in adapter.vectors:
+        name = f"{target.module_path}.{parameter}"
+        if strengths[target.part] != 0 and name not in parameters[target.part]:
+            raise IncompatibleError(
+                "the model has no such parameter.",
+                file=adapter.name,
+                layer=name,
+                remedy="connect the base model that this LoRA was trained for, or remove the LoRA.",
+            )
 
 
 def _reusable(entry: LoRAEntry, adapter: Adapter, known: Sequence[Adapter]) -> dict[DenseGroup, Converted]:

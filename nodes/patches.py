@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..ssr_core import IncompatibleError, LoRALayer, MergeResult, Part, Target
-from . import host
+from . import host, host_weights
 
 
 def apply(owner: Any, part: Part, result: MergeResult, without: Container[Target] = ()) -> Any:
@@ -44,6 +44,11 @@ def with_layers(owner: Any, layers: Mapping[Target, LoRALayer], strength: float)
         IncompatibleError: The model lacks one of the layers.
     """
     return _patched(owner, {_patch_key(t, "weight"): host.lora_adapter(one) for t, one in layers.items()}, strength)
+
+
+def parameters_of(owner: Any | None) -> set[str]:
+    """Names of all that can be patched on a MODEL or CLIP; nothing where none is connected."""
+    return set() if owner is None else set(getattr(owner, "patcher", owner).model.state_dict())
 
 
 def _patched(owner: Any, patches: Mapping[Any, Any], strength: float) -> Any:
@@ -82,10 +87,11 @@ def apply_host_patches(
             f"{next(iter(keys))} is given under two names.", remedy="remove one of them from the file."
         )
     try:
-        patches = host.read_patches(chosen, core)
-    except KeyError as err:
+        patches = host_weights.patches_of(chosen, core)
+    except ValueError as err:
         raise IncompatibleError(
-            f"{err.args[0]} is missing beside its partner.", remedy="export the LoRA again, or leave it out."
+            f"ComfyUI cannot load {next(iter(chosen))} and the keys beside it ({err}).",
+            remedy="export the LoRA again, or leave it out.",
         ) from err
     clone = owner.clone()
     taken = set(clone.add_patches(patches, strength))

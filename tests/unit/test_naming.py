@@ -5,6 +5,7 @@ import torch
 from helpers import randn
 
 from ssr_core import IncompatibleError, KeyTarget, Target, read_adapter
+from ssr_core.naming import NameIndex
 
 OUT, IN, RANK = 6, 8, 3
 UP, DOWN = randn(1, OUT, RANK), randn(2, RANK, IN)
@@ -64,3 +65,18 @@ def test_a_path_of_two_layers_is_nobodys(base):
 def test_text_encoders_and_models_are_not_mixed_up(base):
     with pytest.raises(IncompatibleError):
         read(base)
+
+
+@pytest.mark.parametrize(
+    ("base", "expected"),
+    [
+        ("base_model.model.fc", "fc"),
+        ("base_model.model.attn.to_q", "base_model.model.attn.to_q"),
+        ("fc", "fc"),
+        ("base_model.model.unknown", None),
+    ],
+)
+def test_pefts_prefix_goes_only_where_the_model_has_no_name_with_it(base, expected):
+    """Some families (SD3, PixArt) have names that begin with it."""
+    keys = {"fc": KeyTarget(Target("fc"), (OUT, IN)), "base_model.model.attn.to_q": KeyTarget(Target("q"), (OUT, IN))}
+    assert NameIndex(keys).find(base) == expected
