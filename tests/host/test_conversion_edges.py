@@ -1,5 +1,6 @@
 """Converted adapters on fp8 weights and on text encoders, and files that are malformed."""
 
+import random
 import time
 
 import pytest
@@ -24,10 +25,9 @@ def fp8_model(graph):
 
 def test_a_dora_on_fp8_weights_is_relative_to_what_they_mean(server, base):
     """From the definition: rows of W + BA, scaled by m over the norm of W's rows, less W."""
-    tensors = {key: value for key, value in adapter_tensors(base, FAMILY, "dora", 3).items() if key.startswith(LAYER)}
-    rng_free = torch.Generator().manual_seed(4)
-    up, down = (0.3 * torch.randn(size, generator=rng_free) for size in ((128, 4), (4, 128)))
-    scale = 1 + 0.1 * torch.randn(128, 1, generator=rng_free)
+    generator = torch.Generator().manual_seed(4)
+    up, down = (0.3 * torch.randn(size, generator=generator) for size in ((128, 4), (4, 128)))
+    scale = 1 + 0.1 * torch.randn(128, 1, generator=generator)
     tensors = {f"{LAYER}.lora_up.weight": up, f"{LAYER}.lora_down.weight": down, f"{LAYER}.dora_scale": scale}
     file = write_lora(base, "dora_on_fp8.safetensors", tensors)
     graph = ConversionGraph(server, FAMILY)
@@ -62,8 +62,6 @@ def test_on_fp8_weights_the_model_is_cores(server, base, kind):
 @pytest.mark.parametrize("strength", [1.0, -0.5])
 @pytest.mark.parametrize("kind", ["loha", "dora", "oft"])
 def test_text_encoders(server, base, kind, strength):
-    import random
-
     graph = Graph()
     graph.dump(graph.add("TinyCLIP", kind="sd15", seed=0), "conv_te_base")
     server.run(graph.prompt).ok()
