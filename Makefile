@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint test-host bench-padding bench-batching clean help
+.PHONY: demo test lint test-host bench-padding bench-batching bench-quantised clean help
 
 help:
 	@echo "make demo                            merge three small LoRAs, results in demo_output/"
@@ -12,6 +12,7 @@ help:
 	@echo "make lint                            ruff and a strict type check"
 	@echo "make test-host COMFYUI_PATH=<path>   the real ComfyUI: loaders, server, KSampler (HOST_PYTHON=its python, ARGS='-k name')"
 	@echo "make bench-padding, bench-batching   measurements behind two defaults (docs/benchmarks/)"
+	@echo "make bench-quantised COMFYUI_PATH=<path>   how much of a merge acts on quantised models, and its cost"
 	@echo "make clean                           remove the virtual environment and all outputs"
 
 $(STAMP): requirements-dev.txt
@@ -41,6 +42,9 @@ bench-padding: $(STAMP)
 
 bench-batching: $(STAMP)
 	$(PY) -m benchmarks.batching
+
+bench-quantised:
+	COMFYUI_PATH=$(COMFYUI_PATH) $(HOST_PYTHON) -m benchmarks.quantised
 
 clean:
 	rm -rf $(VENV) demo_output host_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
