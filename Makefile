@@ -44,7 +44,7 @@ bench-batching: $(STAMP)
 	$(PY) -m benchmarks.batching
 
 bench-quantised:
-	COMFYUI_PATH=$(COMFYUI_PATH) $(HOST_PYTHON) -m benchmarks.quantised
+	COMFYUI_PATH=$(COMFYUI_PATH) $(HOST_PYTHON) -m benchmarks.quantised $(ARGS)
 
 clean:
 	rm -rf $(VENV) demo_output host_output .pytest_cache .mypy_cache .ruff_cache .hypothesis

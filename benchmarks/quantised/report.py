@@ -37,7 +37,7 @@ def page(found: dict[str, Any]) -> str:
         lines.append(f"| {row['kind']} | {model} | {row['relative_size']:.3f} | {cells} | forward |")
     lines += [
         KINDS,
-        f"CPU, {found['threads']} threads, PyTorch {found['torch']}; medians, forward and weights by turns.",
+        f"CPU time on one thread, PyTorch {found['torch']}; medians, forward and weights by turns, on a busy machine.",
         "Not measured on a GPU.",
         "",
         "Tiny Flux, one model call in ComfyUI. At this size the fixed cost of the hooks is what shows.",
@@ -46,7 +46,7 @@ def page(found: dict[str, Any]) -> str:
         "|---|---|---|---|",
         *(f"| {row['kind'] or 'float32'} | {_times(row, 1)} |" for row in found["steps"]),
         "",
-        "Eight layers of width 1024 (MLP 4096) alone. `arithmetic` is the ratio of multiplications.",
+        "Four layers of width 1024 (MLP 4096) alone. `arithmetic` is the ratio of multiplications.",
         "",
         "| base | tokens | rank | weights, ms | forward, ms | forward / weights | arithmetic |",
         "|---|---|---|---|---|---|---|",

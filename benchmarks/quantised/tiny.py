@@ -46,7 +46,7 @@ def accuracy(server: Server, case: str, kind: str, scale: float) -> dict[str, An
 
 
 def step_time(server: Server, case: str, kind: str, rounds: int) -> dict[str, Any]:
-    """Median seconds of one model call, both ways, by turns."""
+    """Median CPU seconds of one model call, both ways, by turns."""
     family, tasks = pair(server.base, case)
     seconds: dict[str, list[float]] = {"weights": [], "forward": []}
     for turn in range(rounds):

@@ -85,7 +85,7 @@ class RecordPasses(io.ComfyNode):
 
 
 class TimeSteps(io.ComfyNode):
-    """Passes a MODEL through; its next sampling writes the seconds of every model call."""
+    """Passes a MODEL through; its next sampling writes the CPU seconds of every model call."""
 
     @classmethod
     def define_schema(cls):
@@ -101,11 +101,11 @@ class TimeSteps(io.ComfyNode):
         seconds = []
 
         def call(executor, *args, **kwargs):
-            start = time.perf_counter()
+            start = time.thread_time()
             try:
                 return executor(*args, **kwargs)
             finally:
-                seconds.append(time.perf_counter() - start)
+                seconds.append(time.thread_time() - start)
 
         def sampling(executor, *args, **kwargs):
             try:
