@@ -234,12 +234,6 @@ def around_sampling(model: Any, key: str, wrapper: Callable[..., Any], before_ru
     return clone
 
 
-def patchers_of(patcher: Any) -> list[Any]:
-    """The MODEL of a sampling, and its copies on other GPUs."""
-    others = getattr(patcher, "get_additional_models_with_key", lambda key: [])("multigpu")
-    return [patcher, *others]
-
-
 def make_room(size: int, device: torch.device) -> None:
     """Let ComfyUI move models off the device until `size` bytes are free."""
     if device.type != "cpu":
