@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ssr_core import Adapter, DenseGroup, IncompatibleError
-from . import host, host_weights
+from . import host
 
 _NEEDS_BASE = ("DoRA", "OFT", "GLoRA", "replacement")
 """Kinds whose change depends on the weight that they change."""
@@ -57,7 +57,7 @@ class DenseChanges:
         host.make_room(_COPIES * 4 * math.prod(group.weight_shape), self._device)
         strength = self._strengths[part] if group.bends else 1.0
         try:
-            change = host_weights.change_of(patch, key, self._weight(group), strength)
+            change = host.change_of(patch, key, self._weight(group), strength)
         except ValueError as err:
             raise self._error(group, f"ComfyUI cannot apply it ({err})") from err
         return change / strength if strength != 1.0 else change
@@ -67,7 +67,7 @@ class DenseChanges:
         core = self._core_keys[group.target.part]
         chosen = {self._loader_keys[key]: self._tensors[key] for key in group.keys}
         try:
-            patches = host_weights.patches_of(chosen, core)
+            patches = host.patches_of(chosen, core)
         except ValueError as err:
             raise self._error(group, str(err)) from err
         if len(patches) != 1:
@@ -83,7 +83,7 @@ class DenseChanges:
         if not any(word in group.kind for word in _NEEDS_BASE):
             return torch.zeros(group.weight_shape, device=self._device)
         key = f"{group.target.module_path}.{group.parameter}"
-        return host_weights.current_weight(self._owners[group.target.part], key, self._device)
+        return host.current_weight(self._owners[group.target.part], key, self._device)
 
     def _error(self, group: DenseGroup, what: str) -> IncompatibleError:
         return IncompatibleError(

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..ssr_core import IncompatibleError, LoRALayer, MergeResult, Part, Target
-from . import host, host_weights
+from . import host
 
 
 def apply(owner: Any, part: Part, result: MergeResult, without: Container[Target] = ()) -> Any:
@@ -87,7 +87,7 @@ def apply_host_patches(
             f"{next(iter(keys))} is given under two names.", remedy="remove one of them from the file."
         )
     try:
-        patches = host_weights.patches_of(chosen, core)
+        patches = host.patches_of(chosen, core)
     except ValueError as err:
         raise IncompatibleError(
             f"ComfyUI cannot load {next(iter(chosen))} and the keys beside it ({err}).",

@@ -116,7 +116,7 @@ def _load(path, model, clip, options, progress):
 
 def _by_core(owner, tensors, keys):
     """Weights of a MODEL or CLIP with the file as LoraLoader puts it on; without those that it stumbles over."""
-    clone, weights, found = owner.clone(), pack("nodes.host_weights"), {}
+    clone, weights, found = owner.clone(), pack("nodes.host.weights"), {}
     try:
         clone.add_patches(comfy.lora.load_lora(dict(tensors), dict(keys), log_missing=False), STRENGTHS[0])
     except (RuntimeError, KeyError, IndexError, TypeError):
@@ -131,7 +131,7 @@ def _by_core(owner, tensors, keys):
 
 def _difference(ours, core):
     """The first weight that LoraLoader would change otherwise; biases are left to other tests."""
-    weights, device = pack("nodes.host_weights"), torch.device("cpu")
+    weights, device = pack("nodes.host.weights"), torch.device("cpu")
     for key in sorted(set(ours.patches) | set(core or {})) if core is not None else ():
         if key.endswith(".bias") or core.get(key, 0) is None:
             continue
