@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint test-host compatibility bench-padding bench-batching bench-conversion clean help
+.PHONY: demo test lint test-host compatibility bench-padding bench-batching bench-conversion bench-quantised clean help
 
 help:
 	@echo "make demo                            merge three small LoRAs, results in demo_output/"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-host COMFYUI_PATH=<path>   the real ComfyUI: loaders, server, KSampler (HOST_PYTHON=its python, ARGS='-k name')"
 	@echo "make compatibility COMFYUI_PATH=<path>  run every cell of docs/compatibility.md and write it anew"
 	@echo "make bench-padding, bench-batching, bench-conversion   measurements behind defaults (docs/benchmarks/)"
+	@echo "make bench-quantised COMFYUI_PATH=<path>   how much of a merge acts on quantised models, and its cost"
 	@echo "make clean                           remove the virtual environment and all outputs"
 
 $(STAMP): requirements-dev.txt
@@ -49,6 +50,9 @@ bench-batching: $(STAMP)
 
 bench-conversion: $(STAMP)
 	$(PY) -m benchmarks.conversion
+
+bench-quantised:
+	COMFYUI_PATH=$(COMFYUI_PATH) $(HOST_PYTHON) -m benchmarks.quantised $(ARGS)
 
 clean:
 	rm -rf $(VENV) demo_output host_output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ssr_core import DenseGroup, IncompatibleError
-from . import host, host_weights
+from ..ssr_core import Adapter, DenseGroup, IncompatibleError
+from . import host
 
 _NEEDS_BASE = ("DoRA", "OFT", "GLoRA", "replacement")
 """Kinds whose change depends on the weight that they change."""
@@ -25,7 +25,7 @@ class DenseChanges:
     """Computes the changes that one file makes to one MODEL and CLIP.
 
     Args:
-        name: The LoRA's name in messages.
+        adapter: The file as it was read.
         tensors: Content of the file.
         owners: MODEL and CLIP by part; absent ones are missing.
         core_keys: The host's key maps by part.
@@ -35,14 +35,15 @@ class DenseChanges:
 
     def __init__(
         self,
-        name: str,
+        adapter: Adapter,
         tensors: Mapping[str, Tensor],
         owners: Mapping[str, Any],
         core_keys: Mapping[str, Mapping[str, Any]],
         strengths: Mapping[str, float],
         device: torch.device,
     ) -> None:
-        self._name, self._tensors, self._owners = name, tensors, owners
+        self._name, self._tensors, self._owners = adapter.name, tensors, owners
+        self._loader_keys = {record.key: record.loader_key for record in adapter.records}
         self._core_keys, self._strengths, self._device = core_keys, strengths, device
 
     def __call__(self, group: DenseGroup) -> Tensor:
@@ -56,16 +57,17 @@ class DenseChanges:
         host.make_room(_COPIES * 4 * math.prod(group.weight_shape), self._device)
         strength = self._strengths[part] if group.bends else 1.0
         try:
-            change = host_weights.change_of(patch, key, self._weight(group), strength)
+            change = host.change_of(patch, key, self._weight(group), strength)
         except ValueError as err:
             raise self._error(group, f"ComfyUI cannot apply it ({err})") from err
         return change / strength if strength != 1.0 else change
 
     def _patch(self, group: DenseGroup) -> tuple[Any, Any]:
         """The one patch that the host makes of the group's keys."""
-        chosen = {key.removeprefix("base_model.model."): self._tensors[key] for key in group.keys}
+        core = self._core_keys[group.target.part]
+        chosen = {self._loader_keys[key]: self._tensors[key] for key in group.keys}
         try:
-            patches = host_weights.patches_of(chosen, self._core_keys[group.target.part])
+            patches = host.patches_of(chosen, core)
         except ValueError as err:
             raise self._error(group, str(err)) from err
         if len(patches) != 1:
@@ -81,7 +83,7 @@ class DenseChanges:
         if not any(word in group.kind for word in _NEEDS_BASE):
             return torch.zeros(group.weight_shape, device=self._device)
         key = f"{group.target.module_path}.{group.parameter}"
-        return host_weights.current_weight(self._owners[group.target.part], key, self._device)
+        return host.current_weight(self._owners[group.target.part], key, self._device)
 
     def _error(self, group: DenseGroup, what: str) -> IncompatibleError:
         return IncompatibleError(

@@ -90,7 +90,9 @@ class _SamplingPatch:
         """Sample with the LoRA on the model that will really run, and on its copies on other GPUs."""
         with ExitStack() as stack:
             modules: list[Any] = []
-            for patcher in host.patchers_of(executor.class_obj.model_patcher):
+            # Inside the guider, which may have swapped in another patcher than the one that has this wrapper.
+            main = executor.class_obj.model_patcher
+            for patcher in (main, *main.get_additional_models_with_key("multigpu")):
                 dtype, device = host.activation_dtype(patcher), patcher.load_device
                 host.make_room(self._lora.nbytes(dtype), device)
                 modules += stack.enter_context(self._lora.attached(patcher.model, device, dtype))

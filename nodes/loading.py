@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,14 +72,19 @@ def load(
         tensors.append(content)
     progress.stage(progress.reached, CONVERSION_SHARE, sum(len(adapter.dense) for adapter in adapters))
     core_keys = dict(zip(("model", "clip"), host.core_key_map(model, clip), strict=True))
+    parameters: dict[Part, Collection[str]] = {
+        "model": patches.parameters_of(model),
+        "clip": patches.parameters_of(clip),
+    }
     tasks = []
     for entry, content, adapter in zip(used, tensors, adapters, strict=True):
         strengths: dict[Part, float] = {
             "model": entry.strength_model,
             "clip": 0.0 if clip is None else entry.strength_clip,
         }
+        _check_vectors(adapter, strengths, parameters)
         changes = DenseChanges(
-            entry.name, content, {"model": model, "clip": clip}, core_keys, strengths, host.compute_device(model)
+            adapter, content, {"model": model, "clip": clip}, core_keys, strengths, host.compute_device(model)
         )
         converted = convert(
             adapter,
@@ -91,6 +96,21 @@ def load(
         )
         tasks.append(Task(converted, strengths["model"], strengths["clip"], entry.identity))
     return Loaded(tuple(used), tuple(tasks), key_map, tuple(tensors))
+
+
+def _check_vectors(
+    adapter: Adapter, strengths: Mapping[Part, float], parameters: Mapping[Part, Collection[str]]
+) -> None:
+    """Refuse a bias of a layer that has none before the slow part; ComfyUI drops it in silence."""
+    for target, parameter in adapter.vectors:
+        name = f"{target.module_path}.{parameter}"
+        if strengths[target.part] != 0 and name not in parameters[target.part]:
+            raise IncompatibleError(
+                "the model has no such parameter.",
+                file=adapter.name,
+                layer=name,
+                remedy="connect the base model that this LoRA was trained for, or remove the LoRA.",
+            )
 
 
 def _reusable(entry: LoRAEntry, adapter: Adapter, known: Sequence[Adapter]) -> dict[DenseGroup, Converted]:
@@ -114,8 +134,8 @@ def pass_through(loaded: Loaded, index: int, part: Part, owner: Any, core_keys: 
     """
     task = loaded.tasks[index]
     records = task.adapter.keys_with("unsupported")
-    names = [record.key for record in records if record.target is not None and record.target.part == part]
-    return _host_patched(loaded, index, part, owner, names, core_keys)
+    keys = [record.key for record in records if record.target is not None and record.target.part == part]
+    return _host_patched(loaded, index, part, owner, keys, core_keys)
 
 
 def rest(loaded: Loaded, index: int, part: Part, owner: Any, core_keys: Mapping[str, Any]) -> Any:
@@ -128,14 +148,17 @@ def rest(loaded: Loaded, index: int, part: Part, owner: Any, core_keys: Mapping[
 
 
 def _host_patched(
-    loaded: Loaded, index: int, part: Part, owner: Any, names: Sequence[str], core_keys: Mapping[str, Any]
+    loaded: Loaded, index: int, part: Part, owner: Any, keys: Sequence[str], core_keys: Mapping[str, Any]
 ) -> Any:
     task = loaded.tasks[index]
     strength = task.strength(part)
-    if not names or strength == 0:
+    if not keys or strength == 0:
         return owner
+    spelled = {record.key: record.loader_key for record in task.adapter.records}
     try:
-        return patches.apply_host_patches(owner, loaded.tensors[index], names, strength, core_keys)
+        return patches.apply_host_patches(
+            owner, loaded.tensors[index], {key: spelled[key] for key in keys}, strength, core_keys
+        )
     except IncompatibleError as err:
         raise IncompatibleError(err.what, file=task.name, remedy=err.remedy) from err
 

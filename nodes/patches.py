@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,11 @@ def with_layers(owner: Any, layers: Mapping[Target, LoRALayer], strength: float)
     return _patched(owner, {_patch_key(t, "weight"): host.lora_adapter(one) for t, one in layers.items()}, strength)
 
 
+def parameters_of(owner: Any | None) -> set[str]:
+    """Names of all that can be patched on a MODEL or CLIP; nothing where none is connected."""
+    return set() if owner is None else set(getattr(owner, "patcher", owner).model.state_dict())
+
+
 def _patched(owner: Any, patches: Mapping[Any, Any], strength: float) -> Any:
     """A clone with patches, all of which have to be taken: ComfyUI drops unknown ones in silence."""
     clone = owner.clone()
@@ -62,19 +67,31 @@ def _patch_key(target: Target, parameter: str) -> Any:
 
 
 def apply_host_patches(
-    owner: Any, tensors: Mapping[str, Tensor], names: Iterable[str], strength: float, core: host.CoreKeyMap
+    owner: Any, tensors: Mapping[str, Tensor], keys: Mapping[str, str], strength: float, core: host.CoreKeyMap
 ) -> Any:
     """A clone with some keys of a LoRA file as the host's own patches (DoRA, LoHa and the like).
+
+    Args:
+        owner: MODEL or CLIP.
+        tensors: Content of the file.
+        keys: Which keys, and how the host's loader spells each.
+        strength: Of the patches.
+        core: The host's key map.
 
     Raises:
         IncompatibleError: The host itself cannot apply one of the keys.
     """
-    chosen = {name.removeprefix("base_model.model."): tensors[name] for name in names}
-    try:
-        patches = host.read_patches(chosen, core)
-    except KeyError as err:
+    chosen = {loader_key: tensors[key] for key, loader_key in keys.items()}
+    if len(chosen) < len(keys):
         raise IncompatibleError(
-            f"{err.args[0]} is missing beside its partner.", remedy="export the LoRA again, or leave it out."
+            f"{next(iter(keys))} is given under two names.", remedy="remove one of them from the file."
+        )
+    try:
+        patches = host.patches_of(chosen, core)
+    except ValueError as err:
+        raise IncompatibleError(
+            f"ComfyUI cannot load {next(iter(chosen))} and the keys beside it ({err}).",
+            remedy="export the LoRA again, or leave it out.",
         ) from err
     clone = owner.clone()
     taken = set(clone.add_patches(patches, strength))

@@ -61,12 +61,14 @@ class KeyRecord:
         status: What reading made of it.
         target: The target it belongs to, where it has one.
         reason: Why it is unsupported, shadowed or unmatched, or what it was converted to; empty otherwise.
+        loader_key: The key under a name that the host's loader knows; empty where it has none.
     """
 
     key: str
     status: KeyStatus
     target: Target | None = None
     reason: str = ""
+    loader_key: str = ""
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,9 @@ def convert(
         done.append(conversion)
         words.update(dict.fromkeys(group.keys, (group.target, _in_words(conversion))))
     records = tuple(
-        KeyRecord(r.key, "converted", *words[r.key]) if r.status == "unsupported" and r.key in words else r
+        KeyRecord(r.key, "converted", *words[r.key], r.loader_key)
+        if r.status == "unsupported" and r.key in words
+        else r
         for r in adapter.records
     )
     rest = tuple(group for group in adapter.dense if group not in wanted)

@@ -9,15 +9,13 @@ from torch import Tensor
 
 from .adapters import Adapter, KeyRecord
 from .errors import IncompatibleError
+from .naming import NameIndex, is_text_encoder
 from .reading import LayerReader
 from .spelling import Spelled, split_key
 from .targets import KeyMap
 
 MIN_MATCHED = 0.5
 """Below this share of matched layers a file is taken for a LoRA of another base model."""
-
-_TEXT_ENCODER_PREFIXES = ("lora_te", "text_encoder", "text_encoders.", "lora_prior_te", "te1_", "te2_")
-_STRIPPED_PREFIX = "base_model.model."
 
 
 def read_adapter(tensors: Mapping[str, Tensor], key_map: KeyMap, *, name: str, fingerprint: str) -> Adapter:
@@ -45,17 +43,16 @@ def read_adapter(tensors: Mapping[str, Tensor], key_map: KeyMap, *, name: str, f
         else:
             groups[spelled.base][key] = spelled
 
-    reader = LayerReader(tensors, name)
+    reader, index = LayerReader(tensors, name), NameIndex(key_map)
+    names = {base: index.find(base) for base in groups}
     order = {base: i for i, base in enumerate(key_map)}
-    matched = 0
-    for base in sorted(groups, key=lambda b: order.get(_find(b, key_map) or "", -1)):
-        found = _find(base, key_map)
+    for base in sorted(groups, key=lambda b: order.get(names[b] or "", -1)):
+        found = names[base]
         if found is None:
             records.update(_unmatched(groups[base], key_map))
         else:
-            matched += any(spelled.role != "alpha" for spelled in groups[base].values())
-            records.update(reader.read_group(groups[base], key_map[found]))
-    _check_coverage(groups, matched, key_map, name)
+            records.update(reader.read_group(groups[base], key_map[found], found))
+    _check_coverage(groups, names, key_map, name)
     reader.mark_shadowed(records)
     return Adapter(
         name,
@@ -68,34 +65,26 @@ def read_adapter(tensors: Mapping[str, Tensor], key_map: KeyMap, *, name: str, f
     )
 
 
-def _find(base: str, key_map: KeyMap) -> str | None:
-    if base in key_map:
-        return base
-    stripped = base.removeprefix(_STRIPPED_PREFIX)
-    return stripped if stripped in key_map else None
-
-
-def _is_text_encoder(base: str) -> bool:
-    return base.startswith(_TEXT_ENCODER_PREFIXES)
-
-
 def _unmatched(group: Mapping[str, Spelled], key_map: KeyMap) -> dict[str, KeyRecord]:
     has_clip = any(entry.target.part == "clip" for entry in key_map.values())
     reason = "no layer of the connected model has this name"
-    if not has_clip and any(_is_text_encoder(spelled.base) for spelled in group.values()):
+    if not has_clip and any(is_text_encoder(spelled.base) for spelled in group.values()):
         reason = "a text-encoder layer, and no CLIP is connected"
     return {key: KeyRecord(key, "unmatched", reason=reason) for key in group}
 
 
-def _check_coverage(groups: Mapping[str, Mapping[str, Spelled]], matched: int, key_map: KeyMap, name: str) -> None:
+def _check_coverage(
+    groups: Mapping[str, Mapping[str, Spelled]], names: Mapping[str, str | None], key_map: KeyMap, name: str
+) -> None:
     has_clip = any(entry.target.part == "clip" for entry in key_map.values())
     layers = [base for base, group in groups.items() if any(spelled.role != "alpha" for spelled in group.values())]
-    counted = [base for base in layers if has_clip or not _is_text_encoder(base)]
+    matched = sum(names[base] is not None for base in layers)
+    counted = [base for base in layers if has_clip or not is_text_encoder(base)]
     if matched >= max(1, MIN_MATCHED * len(counted)):
         return
     if not counted and layers:
         raise IncompatibleError("all its layers are text-encoder layers.", file=name, remedy="connect CLIP.")
-    example = next((base for base in counted if _find(base, key_map) is None), "none")
+    example = next((base for base in counted if names[base] is None), "none")
     raise IncompatibleError(
         f"only {matched} of its {len(counted)} layers exist in the connected model (first unknown: {example}).",
         file=name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -38,20 +39,27 @@ class LayerReader:
         self._owner: dict[tuple[Target, str], list[str]] = {}
         self._shadowed: dict[str, str] = {}
 
-    def read_group(self, group: Mapping[str, Spelled], entry: KeyTarget) -> dict[str, KeyRecord]:
-        """Read the tensors of one base name; one record for each."""
+    def read_group(self, group: Mapping[str, Spelled], entry: KeyTarget, name: str) -> dict[str, KeyRecord]:
+        """Read the tensors of one base name; one record for each.
+
+        Args:
+            group: The file's keys of this base name.
+            entry: What it stands for.
+            name: The host's name for it.
+        """
         weight = {key: s for key, s in group.items() if s.role not in _BIAS_ROLES}
         records = self._weight(weight, entry) if weight else {}
         for key, spelled in group.items():
             if spelled.role in _BIAS_ROLES:
                 records[key] = self._bias(key, spelled.role, weight, entry)
-        return records
+        return {key: replace(record, loader_key=name + key[len(group[key].base) :]) for key, record in records.items()}
 
     def mark_shadowed(self, records: dict[str, KeyRecord]) -> None:
         """Give the keys that a later alias of the same layer replaced their reason."""
         for key, winner in self._shadowed.items():
             target = records[key].target
-            records[key] = KeyRecord(key, "shadowed", target, f"the same layer is also given as {winner}")
+            reason = f"the same layer is also given as {winner}"
+            records[key] = KeyRecord(key, "shadowed", target, reason, records[key].loader_key)
 
     def vectors(self) -> dict[tuple[Target, str], Tensor]:
         """Changes of whole parameters: those of some rows are padded with zeros and added."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import safe_open
@@ -71,13 +71,23 @@ class Measured:
     base_hash: str
 
 
-def measure(server: Server, base: Path, case: str, kind: str | None, apply: str, **options) -> Measured:
-    """Merge on a base, sample one step, and compare every layer with the base's own on the same input."""
+def measure(server: Server, base: Path, case: str, kind: str | None, apply: str, scale: float = 1.0) -> Measured:
+    """Merge on a base, sample one step, and compare every layer with the base's own on the same input.
+
+    Args:
+        server: A running ComfyUI.
+        base: Its base directory.
+        case: One of PAIRS.
+        kind: One of STORED, or None for float32.
+        apply: Of SSR Merge.
+        scale: Of both LoRAs' strengths.
+    """
     family, tasks = pair(base, case)
+    tasks = [replace(task, strength=scale * task.strength) for task in tasks]
     prefix = f"{case}_{kind}_{apply}"
     graph = MergeGraph(server)
     model = load_base(graph, family, kind)
-    merged = graph.merge(family, tasks, model=model, apply=apply, **options)
+    merged = graph.merge(family, tasks, model=model, apply=apply)
     recorded = graph.add("RecordLayers", model=merged, prefix=prefix)
     sample = graph.sample(family, recorded)
     saved = graph.save(merged, prefix)

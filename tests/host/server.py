@@ -78,7 +78,7 @@ class Server:
         command += ["--disable-auto-launch", "--disable-api-nodes", *self.options]
         env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         env |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-        env |= {"OMP_NUM_THREADS": "1"}  # tensors are tiny: more threads only wait for one another
+        env.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only wait for each other
         self._process = subprocess.Popen(
             command, cwd=self.checkout, env=env, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
         )

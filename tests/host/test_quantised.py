@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import save_file
 
 from .loras import model_shapes
-from .merging import MergeGraph, pair
+from .merging import PAIRS, MergeGraph, pair
 from .quantised import STORED, base_hash, latent_of, load_base, measure, saved_deltas
 from .weights import assert_added, base_weights, dumped, facts
 
@@ -40,21 +40,27 @@ def test_auto_divides_by_storage(server, base, case, kind):
     """Quantised layers act in the forward pass, the others by weights; both in full."""
     auto = measure(server, base, case, kind, "auto")
     assert max(auto.errors.values()) < 1e-5
-    shapes = model_shapes(base, case.split("-")[0])
-    everything = kind.startswith("unscaled")
-    block = [all(size % 128 == 0 for size in shapes[name_of(name)]) for name in auto.deltas]
-    few = len(block) if everything else sum(block)
+    quantised = quantised_layers(server, base, case, kind) & auto.deltas.keys()
     found = re.search(
         r"(\d+) of (\d+) layers of the MODEL are applied in the forward pass \(.*: (\d+) as (.*?)\)", auto.report
     )
     assert found is not None, auto.report
     # rows of one weight (q, k, v) are layers of their own in the report, so it counts no fewer than weights
-    assert int(found[1]) == int(found[3]) >= few and found[4] == STORED[kind]
-    assert (int(found[1]) == int(found[2])) == everything
+    assert int(found[1]) == int(found[3]) >= len(quantised) > 0 and found[4] == STORED[kind]
+    assert (int(found[1]) == int(found[2])) == (quantised == auto.deltas.keys())
 
 
-def name_of(weight):
-    return weight.removeprefix("diffusion_model.").removesuffix(".weight")
+def quantised_layers(server, base, case, kind):
+    """Names of the base's quantised weights: known by how the file was made, or by their dtype once loaded."""
+    family = PAIRS[case][0]
+    if not kind.startswith("unscaled"):
+        shapes = model_shapes(base, family).items()
+        fits = {name for name, shape in shapes if len(shape) == 2 and all(n % 128 == 0 for n in shape)}
+        return {f"diffusion_model.{name}.weight" for name in fits}
+    graph = MergeGraph(server)
+    graph.dump(load_base(graph, family, kind), f"stored_{case}_{kind}")
+    server.run(graph.prompt).ok()
+    return {name for name, value in dumped(base, f"stored_{case}_{kind}").items() if value.dtype.itemsize == 1}
 
 
 @pytest.mark.parametrize("apply", ["auto", None])

@@ -5,6 +5,7 @@ Torch and the standard library only: the host's fuzz test writes files with it t
 
 import math
 import random
+import re
 from collections.abc import Callable, Mapping
 
 import torch
@@ -142,6 +143,17 @@ ODD_NAMES = ("", ".", ".alpha", "…", "ключ.lora_up.weight", "__proto__", "
 VALUES = (math.nan, math.inf, -math.inf, 0.0, 1e-45, 1e38, -1e38, 1e-38, 65504.0, 1e19)
 
 
+_SUFFIX = re.compile(
+    r"(_lora\.|\.(lora|hada|lokr|oft|dora|diff|set_w|alpha|rescale|[wb]_norm|reshape|on_input|[ab][12]\.weight)).*",
+    re.S,
+)
+
+
+def base_of(key: str) -> str:
+    """The layer that a key speaks of."""
+    return _SUFFIX.sub("", key)
+
+
 def drop_key(rng: random.Random, file: File, key: str) -> None:
     del file[key]
 
@@ -156,7 +168,7 @@ def rename(rng: random.Random, file: File, key: str) -> None:
             key[: max(0, at - 2)] + key[at : at + 1] + key[max(0, at - 2) : at] + key[at + 1 :],
             rng.choice(("transformer.", "base_model.model.", "lora_unet_", "model.")) + key,
             key + rng.choice((".weight", ".default", " ", ".alpha", "_", ".lora_up.weight")),
-            key.rpartition(".")[0] + "." + other.rpartition(".")[2],
+            base_of(key) + other[len(base_of(other)) :],
             key.replace("up", "down") if "up" in key else key.replace("_a", "_b"),
             rng.choice(ODD_NAMES),
         )
@@ -166,8 +178,7 @@ def rename(rng: random.Random, file: File, key: str) -> None:
 
 def copy_key(rng: random.Random, file: File, key: str) -> None:
     other = rng.choice(sorted(file))
-    stem, suffix = key.partition(".")[0], other.partition(".")[2]
-    file[f"{stem}.{suffix}"] = file[key].clone()
+    file[base_of(key) + other[len(base_of(other)) :]] = file[key].clone()
 
 
 def reshape(rng: random.Random, file: File, key: str) -> None:
@@ -179,12 +190,9 @@ def reshape(rng: random.Random, file: File, key: str) -> None:
             lambda: value[0] if value.ndim and len(value) else value[None],
             lambda: value.flatten(),
             lambda: value.new_zeros(0),
-            lambda: value[:0] if value.ndim else value.new_zeros(3, 0),
             lambda: value[:, :0] if value.ndim > 1 else value.new_zeros(0, 4),
             lambda: value.new_ones(()),
-            lambda: value.new_ones(1),
             lambda: value.repeat(2, *[1] * (value.ndim - 1)) if value.ndim else value.repeat(2),
-            lambda: value.repeat(*[1] * (value.ndim - 1), 3) if value.ndim else value.repeat(3),
             lambda: noise(rng, 500, *value.shape[1:]),
             lambda: noise(rng, *value.shape[:1], 500),
             lambda: noise(rng, *(rng.randint(1, 9) for _ in range(rng.randint(1, 5)))),
@@ -215,16 +223,16 @@ def scale_up(rng: random.Random, file: File, key: str) -> None:
 
 
 def odd_alpha(rng: random.Random, file: File, key: str) -> None:
-    base = key.partition(".")[0]
+    base = base_of(key)
     alphas = (torch.ones(2), torch.ones(1, 1), torch.zeros(0), torch.tensor(math.nan), torch.tensor(3))
     more = (torch.tensor(True), torch.tensor(1j), torch.tensor(1e38), torch.tensor(2.0).to(torch.float8_e4m3fn))
     file[f"{base}.alpha"] = rng.choice(alphas + more)
 
 
 def mix_kinds(rng: random.Random, file: File, key: str) -> None:
-    base = key.partition(".")[0]
-    kind = rng.choice(sorted(KINDS))
-    file.update({base + suffix: value for suffix, value in KINDS[kind](rng, (12, 8)).items()})
+    kind, sizes = rng.choice(sorted(KINDS)), file[key].shape
+    shape = (12, 8) if rng.random() < 0.5 else (sizes[0], sizes[-1]) if len(sizes) > 1 and min(sizes) > 0 else (8, 8)
+    file.update({base_of(key) + suffix: value for suffix, value in KINDS[kind](rng, shape).items()})
 
 
 PERTURBATIONS = (drop_key, rename, copy_key, reshape, retype, revalue, scale_up, odd_alpha, mix_kinds)

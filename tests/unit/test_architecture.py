@@ -48,9 +48,9 @@ def test_the_engine_prints_nothing(path):
     assert not [n.lineno for n in calls if isinstance(n.func, ast.Name) and n.func.id == "print"]
 
 
-def test_only_the_host_modules_of_the_nodes_talk_to_the_host():
-    importers = {path.stem for path in NODES if absolute_imports(path) & HOST}
-    assert importers <= {"host", "host_weights"}
+def test_only_one_folder_of_the_nodes_talks_to_the_host():
+    importers = {path.parent.name for path in NODES if absolute_imports(path) & HOST}
+    assert importers == {"host"}
 
 
 def test_the_engine_knows_nothing_of_the_nodes():

@@ -70,6 +70,15 @@ TOKENS = [randn(80 + k, 20, IN, dtype=torch.float32) for k in range(2)]
 PIXELS = randn(90, 1, 4, 6, 6, dtype=torch.float32)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Many small matrices: threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Dense:
     """Stands in for the host: a change of the group's shape, now and then one that is wrong."""
 

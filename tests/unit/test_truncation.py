@@ -13,6 +13,15 @@ LARGE = [(160, 150), (150, 400), (500, 150)]
 ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-6}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Many small matrices: threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def spectrum(kind, size):
     index = torch.arange(1, size + 1, dtype=F64)
     return {

@@ -8,6 +8,7 @@ if __package__:
     from comfy_api.latest import ComfyExtension, io
 
     from . import detection, families
+    from .conversions import CONVERSION_NODES
     from .faults import FAULT_NODES
     from .layers import LAYER_NODES
     from .modes import MODE_NODES
@@ -25,6 +26,7 @@ if __package__:
                 *SOURCE_NODES,
                 *PROBE_NODES,
                 *FAULT_NODES,
+                *CONVERSION_NODES,
                 *LAYER_NODES,
                 *MODE_NODES,
                 *PACKED_NODES,

@@ -1,13 +1,14 @@
 """MODELs in the states that a small GPU, several GPUs or a compiler put them into."""
 
 import json
+import time
 from types import SimpleNamespace
 
 import comfy.patcher_extension
 from comfy_api.latest import io
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 
-from .probes import _recording
+from .probes import _output_path, _recording
 
 _Wrappers = comfy.patcher_extension.WrappersMP
 
@@ -83,6 +84,41 @@ class RecordPasses(io.ComfyNode):
         return io.NodeOutput(recorded)
 
 
+class TimeSteps(io.ComfyNode):
+    """Passes a MODEL through; its next sampling writes the CPU seconds of every model call."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TimeSteps",
+            category="ssr tests",
+            inputs=[io.Model.Input("model"), io.String.Input("prefix")],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model, prefix):
+        seconds = []
+
+        def call(executor, *args, **kwargs):
+            start = time.thread_time()
+            try:
+                return executor(*args, **kwargs)
+            finally:
+                seconds.append(time.thread_time() - start)
+
+        def sampling(executor, *args, **kwargs):
+            try:
+                return executor(*args, **kwargs)
+            finally:
+                _output_path(prefix).with_suffix(".json").write_text(json.dumps(seconds))
+
+        timed = model.clone()
+        timed.add_wrapper_with_key(_Wrappers.APPLY_MODEL, "time_steps", call)
+        timed.add_wrapper_with_key(_Wrappers.OUTER_SAMPLE, "time_steps", sampling)
+        return io.NodeOutput(timed)
+
+
 class SecondDevice(io.ComfyNode):
     """Runs the sampling wrappers of a MODEL as if a second GPU held another copy; counts the hooks of both."""
 
@@ -110,4 +146,4 @@ class SecondDevice(io.ComfyNode):
         return io.NodeOutput(ui={"text": [json.dumps({"inside": executor.execute(), "after": hooks()})]})
 
 
-MODE_NODES = [LowMemoryModel, CompiledModel, RecordPasses, SecondDevice]
+MODE_NODES = [LowMemoryModel, CompiledModel, RecordPasses, SecondDevice, TimeSteps]

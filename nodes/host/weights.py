@@ -15,6 +15,12 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+_APPLY_ERRORS = (
+    *(RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, ZeroDivisionError),
+    NameError,  # GLoRA factors of no known order: a local name is never set
+)
+"""What the host's adapter classes raise over tensors that do not fit."""
+
 Patcher = Any
 """A MODEL, or the patcher of a CLIP."""
 
@@ -93,7 +99,7 @@ def change_of(patch: Any, key: Any, weight: Tensor, strength: float) -> Tensor:
     with _complaints() as heard:
         try:
             changed = comfy.lora.calculate_weight([(strength, patch, 1.0, offset, function)], weight.clone(), name)
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, ZeroDivisionError) as err:
+        except _APPLY_ERRORS as err:
             raise ValueError(f"{type(err).__name__}: {err}") from err
     if heard:
         raise ValueError(heard[0])

@@ -1,0 +1,46 @@
+"""The progress bar of a node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.utils
+import latent_preview
+from torch import Tensor
+
+from .device import check_cancel
+
+
+class Progress:
+    """One progress bar with latent previews; every update is a chance to cancel."""
+
+    _SCALE = 1000
+
+    def __init__(self, model: Any) -> None:
+        self._bar = comfy.utils.ProgressBar(self._SCALE)
+        self._begin, self._end, self._units, self._done = 0.0, 1.0, 1, 0
+        self._previewer = latent_preview.get_previewer(model.load_device, model.get_model_object("latent_format"))
+
+    def stage(self, begin: float, end: float, units: int) -> None:
+        """The coming `units` steps fill the bar from `begin` to `end` (shares of 1)."""
+        self._begin, self._end, self._units, self._done = begin, end, max(1, units), 0
+
+    @property
+    def reached(self) -> float:
+        """Share of the bar that is filled."""
+        return self._begin + (self._end - self._begin) * min(1.0, self._done / self._units)
+
+    def at(self, share: float) -> None:
+        """Fill the bar up to a share of 1."""
+        self.stage(share, 1.0, 1)
+        self.step(0)
+
+    def step(self, count: int = 1, x0: Tensor | None = None) -> None:
+        """Advance by `count` units, showing `x0` if previews are on."""
+        check_cancel()
+        self._done += count
+        preview = None
+        if x0 is not None and self._previewer is not None:
+            shown = x0.tensors[0] if getattr(x0, "is_nested", False) else x0
+            preview = self._previewer.decode_latent_to_preview_image("JPEG", shown)
+        self._bar.update_absolute(int(self._SCALE * self.reached), None, preview)
