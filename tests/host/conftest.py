@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from .server import Server
 
 HERE = Path(__file__).parent
 PACK = HERE.parent.parent
+torch.set_num_threads(1)  # as in the server: tensors are tiny
 CHECKOUT = Path(os.environ.get("COMFYUI_PATH") or os.devnull)
 
 if not (CHECKOUT / "comfy" / "model_patcher.py").is_file():

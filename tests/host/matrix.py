@@ -22,7 +22,7 @@ OTHER_STRENGTH = 0.8
 CONVERTED = ("loha", "lokr", "lokr_tucker", "glora", "oft", "boft", "diff", "dora")
 """Kinds that the pack turns into low-rank factors, where its nodes can do that."""
 NEVER_MERGED = ("set", "reshape")
-MAYBE_REFUSED = (*NEVER_MERGED, "loose")
+MAYBE_REFUSED = (*NEVER_MERGED, "loose", "lokr_tucker")
 SPATIAL = ("sdxl", "sd15", "sd3")
 """Families with two-dimensional kernels of more than one element."""
 WITH_LOOSE = ("zimage", "sd3", "hidream", "krea2", "wan21", "wan22", "ltxv", "anima")
@@ -60,7 +60,11 @@ def all_cells() -> list[Cell]:
 def files(base: Path, weights: Mapping[str, Tensor], cell: Cell) -> tuple[AdapterFile, AdapterFile]:
     """The cell's file, and a plain one that shares most of its layers."""
     few = cell.adapter != "lora"
-    include = _few if few else lambda entry, number: True
+
+    def include(entry: Entry, number: int) -> bool:
+        spatial = weights[f"diffusion_model.{entry.module}.weight"].ndim > 2
+        return not few or spatial or _special(entry, number)
+
     folder = base / "models" / "loras"
     dialects = DIALECTS[cell.family]
     path = folder / f"cell_{cell.family}_{cell.dialect}_{cell.adapter}.safetensors"
@@ -73,8 +77,8 @@ def files(base: Path, weights: Mapping[str, Tensor], cell: Cell) -> tuple[Adapte
     return first, second
 
 
-def _few(entry: Entry, number: int) -> bool:
-    """A third of the layers, and all that are special: rows of fused modules and rows in another order."""
+def _special(entry: Entry, number: int) -> bool:
+    """A third of the layers, and rows of fused modules and rows in another order."""
     return number % 3 == 0 or entry.swapped or (entry.start > 0 and ".0." in entry.name)
 
 

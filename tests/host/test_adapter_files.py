@@ -7,7 +7,7 @@ from .dialects import DIALECTS, PRIMARY
 from .merging import MergeGraph
 from .weights import assert_added, base_weights, dumped
 
-KINDS = [kind for kind in ADAPTERS if kind not in ("reshape", "lokr_tucker")]
+KINDS = [kind for kind in ADAPTERS if kind not in ("reshape", "lokr_tucker", "loose")]
 FAMILIES = ("flux", "sdxl", "sd3", "wan21")
 CASES = [(family, PRIMARY[family], kind) for family in FAMILIES for kind in KINDS]
 CASES += [(family, "diffusers", kind) for family in ("flux", "sd3") for kind in KINDS]
@@ -39,3 +39,17 @@ def test_core_cannot_apply_a_tucker_lokr(server, base):
     seen = dumped(base, "lokr_tucker")
     assert spatial and all(bool((seen[name] == before[name]).all()) for name in spatial)
     assert server.log(mark).count("ERROR lokr") >= len(spatial)
+
+
+@pytest.mark.parametrize(("family", "applied"), [("krea2", True), ("hidream", True), ("wan21", False), ("sd3", False)])
+def test_core_patches_no_loose_parameter_of_a_module_with_children(server, base, family, applied):
+    """It takes such patches without a word: Wan's modulation and SD3's table of positions stay as they are."""
+    before, name = base_weights(base, family), f"formula_loose_{family}"
+    path = base / "models/loras" / f"{name}.safetensors"
+    file = write_adapter(path, before, DIALECTS[family]["native"], "loose", 72, lambda entry, number: False)
+    graph = MergeGraph(server)
+    graph.dump(graph.core_lora(graph.checkpoint(family), file.name, 1.0), name)
+    mark = len(server.log())
+    server.run(graph.prompt).ok()
+    assert file.truth() and "lora key not loaded" not in server.log(mark) and "NOT LOADED" not in server.log(mark)
+    assert_added(dumped(base, name), before, file.truth() if applied else {}, tolerance=5e-5)
