@@ -14,6 +14,7 @@ from torch import Tensor
 from .loras import model_shapes
 from .merging import MergeGraph
 from .server import Server
+from .weights import base_weights
 
 ADAPTERS = ("loha", "lokr", "glora", "oft", "boft", "dora", "difference")
 MODULES = {
@@ -83,12 +84,16 @@ def adapter_file(base: Path, family: str, kind: str, seed: int = 1) -> str:
     return write_lora(base, f"{kind}_{family}_{seed}.safetensors", adapter_tensors(base, family, kind, seed))
 
 
-def plain_file(base: Path, family: str, deltas: Mapping[str, Tensor], name: str, noise: float = 1e-4) -> str:
-    """Dense changes by the host's weight names as an ordinary LoRA; directions of rounding noise are left out."""
-    tensors = {}
+def plain_file(base: Path, family: str, deltas: Mapping[str, Tensor], name: str) -> str:
+    """Dense changes by the host's weight names as an ordinary LoRA, without the rounding of W + delta - W.
+
+    Noise must go: each direction is a coordinate of the router, however small the LoRA is along it.
+    """
+    weights, tensors = base_weights(base, family), {}
     for weight, delta in deltas.items():
         u, s, vh = torch.linalg.svd(delta.double().flatten(1), full_matrices=False)
-        kept = max(1, int((s > noise * s[0]).sum()))
+        noise = torch.finfo(torch.float32).eps * float(weights[weight].norm())
+        kept = max(1, int((s > noise).sum()))
         up, down = (u[:, :kept] * s[:kept].sqrt()).float(), (s[:kept].sqrt()[:, None] * vh[:kept]).float()
         if delta.ndim > 2:
             up, down = up[:, :, None, None], down.reshape(kept, *delta.shape[1:])
