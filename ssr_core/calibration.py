@@ -141,9 +141,10 @@ class Calibration:
         kept = torch.cat([parts[block] for block in blocks])
         if float((kept - stack.signature).norm()) > SAME_BASIS * float(kept.norm()):
             raise IncompatibleError(
-                "the LoRAs' coordinates came out differently than when they were calibrated.",
+                "the LoRAs' coordinates came out differently than when they were calibrated (a converted LoRA's depend "
+                "on the MODEL, those of OFT, BOFT and replaced weights on the strength, and all on the machine a little).",
                 layer=str(stack.target),
-                remedy="calibrate again on this machine.",
+                remedy="calibrate again, here and with this MODEL and these strengths.",
             )
 
 
