@@ -142,7 +142,7 @@ class Calibration:
         if float((kept - stack.signature).norm()) > SAME_BASIS * float(kept.norm()):
             raise IncompatibleError(
                 "the LoRAs' coordinates came out differently than when they were calibrated (a converted LoRA's depend "
-                "on the MODEL, those of OFT, BOFT and replaced weights on the strength, and all on the machine a little).",
+                "on the MODEL; those of OFT, BOFT and replaced weights on the strength as well).",
                 layer=str(stack.target),
                 remedy="calibrate again, here and with this MODEL and these strengths.",
             )
