@@ -49,7 +49,7 @@ def test_on_fp8_weights_the_model_is_cores(server, base, kind):
     """But for the few values that the host's rounding to fp8 pushes over an edge."""
     files = (adapter_file(base, FAMILY, kind), 0.7), (other_file(base, FAMILY), 0.8)
     ours, core = ConversionGraph(server, FAMILY), ConversionGraph(server, FAMILY)
-    ours.dump(ours.of(*files, mode="sum", model=fp8_model(ours)), "conv_ours")
+    ours.dump(ours.of(*files, mode="sum", apply="weights", model=fp8_model(ours)), "conv_ours")
     core.dump(core.chain(*files, model=fp8_model(core)), "conv_core")
     server.run(ours.prompt).ok()
     server.run(core.prompt).ok()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from workflow_parts import FLUX, SDXL, WAN, lora, note, sampling, wan_sampling
 
 ONE = lora("one", 300, "subject_one.safetensors", "a photo of sks dog\nsks dog sitting in a garden", "First subject")
-TWO = lora("two", 640, "subject_two.safetensors", "a photo of zwx cat\nzwx cat lying on a sofa", "Second subject")
+TWO = lora("two", 690, "subject_two.safetensors", "a photo of zwx cat\nzwx cat lying on a sofa", "Second subject")
 MERGE = {"model": "ckpt.0", "clip": "ckpt.1", "loras.lora0": "one.0", "loras.lora1": "two.0"}
 
 GRAPHS = {
@@ -27,7 +27,7 @@ GRAPHS = {
     "subject_and_style": [
         *FLUX,
         lora("one", 480, "subject_one.safetensors", "a photo of sks dog", "Subject"),
-        lora("two", 820, "style.safetensors", "a landscape in wtrclr style", "Style"),
+        lora("two", 870, "style.safetensors", "a landscape in wtrclr style", "Style"),
         (
             "merge",
             "SSRMerge",
@@ -150,7 +150,7 @@ GRAPHS = {
         note(
             "note",
             0,
-            -190,
+            -360,
             "**Wan 2.2: two models, one list of LoRAs.** Each model gets an SSR Merge of its own. The low-noise "
             "model is calibrated at the noise levels that it works at (SplitSigmas). If your LoRAs come as pairs of "
             "files, give each SSR Merge a list of its own.",

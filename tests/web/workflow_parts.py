@@ -71,7 +71,7 @@ def wan_sampling(y: int, prompt: str) -> list:
         ),
         ("decode", "VAEDecode", 2120, y, {}, {"samples": "sample2.0", "vae": "vae.0"}, None),
         ("video", "CreateVideo", 2120, y + 110, {"fps": 16.0}, {"images": "decode.0"}, None),
-        ("save", "SaveVideo", 2120, y + 240, {"filename_prefix": "ssr/merged"}, {"video": "video.0"}, None),
+        ("save", "SaveVideo", 2120, y + 320, {"filename_prefix": "ssr/merged"}, {"video": "video.0"}, None),
     ]
 
 
