@@ -38,6 +38,7 @@ ComfyUI's own loader takes for that family. "ok" means: every weight of the merg
 computed independently in float64; SSR Save LoRA's file, loaded by core's LoRA loader, gives the same weights without
 an unloaded key; and every key of the file has a fate in the report. The number is the worst relative error of one
 layer's change. "n of m keys unused" are keys without a layer of that name in the model; the report lists each.
+Core's own loader never reads a key that the pack leaves out; where it reads fewer, a note says how many.
 
 Not shown by this: real checkpoints, files of real trainers (the spellings are written down from their code and
 documentation), and image quality. Mode ssr is compared with a dense least-squares solution in every family by
