@@ -13,7 +13,7 @@ from .loras import read_lora
 from .test_conversion import other_file
 from .test_interrupt import state_of
 from .test_save import saved_name
-from .weights import dumped, relative_error, shapes_of
+from .weights import base_weights, dumped, relative_error, shapes_of
 
 FAMILY = "flux"
 LAYER = "diffusion_model.double_blocks.0.img_attn.proj"
@@ -23,25 +23,34 @@ def fp8_model(graph):
     return graph.add("UNETLoader", unet_name=f"tiny_{FAMILY}.safetensors", weight_dtype="fp8_e4m3fn")
 
 
-def test_a_dora_on_fp8_weights_is_relative_to_what_they_mean(server, base):
+def packed_values(weight):
+    """What PackedLoader's layers multiply with: groups of 32 values as int8 with one float16 scale."""
+    groups = weight.reshape(-1, 32)
+    scale = (groups.abs().amax(1, keepdim=True) / 127).half().float()
+    return (scale * (groups / scale).round().clamp(-127, 127)).reshape(weight.shape)
+
+
+@pytest.mark.parametrize("storage", ["fp8", "packed"])
+def test_a_dora_on_quantised_weights_is_relative_to_what_they_mean(server, base, storage):
     """From the definition: rows of W + BA, scaled by m over the norm of W's rows, less W."""
     generator = torch.Generator().manual_seed(4)
     up, down = (0.3 * torch.randn(size, generator=generator) for size in ((128, 4), (4, 128)))
     scale = 1 + 0.1 * torch.randn(128, 1, generator=generator)
     tensors = {f"{LAYER}.lora_up.weight": up, f"{LAYER}.lora_down.weight": down, f"{LAYER}.dora_scale": scale}
-    file = write_lora(base, "dora_on_fp8.safetensors", tensors)
+    file = write_lora(base, f"dora_on_{storage}.safetensors", tensors)
     graph = ConversionGraph(server, FAMILY)
-    model = fp8_model(graph)
+    model = fp8_model(graph) if storage == "fp8" else graph.add("PackedLoader", family=FAMILY)
     merged = graph.of((file, 1.0), model=model, mode="sum", dtype="float32")
-    graph.dump(model, "fp8_base")
-    saved = graph.save(merged, "dora_on_fp8")
+    saved = graph.save(merged, f"dora_on_{storage}")
     name = saved_name(server.run(graph.prompt).ok(), saved)
-    weight = dumped(base, "fp8_base")[f"{LAYER}.weight"]
-    assert weight.dtype == torch.float8_e4m3fn
-    w, ba = weight.double(), up.double() @ down.double()
+    stored = base_weights(base, FAMILY)[f"{LAYER}.weight"]
+    w = (stored.to(torch.float8_e4m3fn) if storage == "fp8" else packed_values(stored)).double()
+    ba = up.double() @ down.double()
     expected = (w + ba) * scale.double() / w.norm(dim=1, keepdim=True) - w
     deltas = read_lora(base / "output" / "loras" / name, FAMILY, {LAYER.removeprefix("diffusion_model."): (128, 128)})
     assert relative_error(deltas[f"{LAYER}.weight"], expected) < 1e-5
+    exact = (stored + ba) * scale.double() / stored.double().norm(dim=1, keepdim=True) - stored
+    assert relative_error(exact, expected) > 1e-4, "quantised weights would not show"
 
 
 @pytest.mark.parametrize("kind", ["loha", "oft"])
