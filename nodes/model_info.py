@@ -55,8 +55,27 @@ def tapped_modules(root: torch.nn.Module) -> set[str]:
     }
 
 
+def unpatched_parameters(root: torch.nn.Module) -> set[str]:
+    """Parameters that ComfyUI's patcher never visits: buffers, and those of modules with layers below them.
+
+    It takes patches of these (a block's own modulation table, a padding token) and never applies
+    them, without a word.
+    """
+    found = {name for name, _ in root.named_buffers()}
+    for name, module in root.named_modules():
+        own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
+        # layers that are built when they are loaded have a weight that is None until then
+        if own and any(hasattr(one, "weight") or one._parameters for one in module.modules() if one is not module):
+            found |= {f"{name}.{parameter}" for parameter in own}
+    return found
+
+
 def key_target(
-    part: Part, key: Any, shapes: Mapping[str, tuple[int, ...]], tapped: Collection[str]
+    part: Part,
+    key: Any,
+    shapes: Mapping[str, tuple[int, ...]],
+    tapped: Collection[str],
+    unpatched: Collection[str],
 ) -> KeyTarget | None:
     """One entry of the host's key map as the engine takes it; None if the model has no such rows."""
     parameter, offset, function = (key, None, None) if isinstance(key, str) else (*key, None)[:3]
@@ -76,7 +95,8 @@ def key_target(
     if function is not None:
         count = shape[0] if rows is None else rows[1]
         order = tuple(int(i) for i in function(torch.arange(count, dtype=torch.float32)[:, None])[:, 0])
-    return KeyTarget(Target(module_path, rows, part), shape, order, name, module_path in tapped)
+    ignored = "ComfyUI takes changes of this parameter and never applies them" if parameter in unpatched else ""
+    return KeyTarget(Target(module_path, rows, part), shape, order, name, module_path in tapped, ignored)
 
 
 def model_identity(model: Any) -> str:

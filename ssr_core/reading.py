@@ -48,7 +48,10 @@ class LayerReader:
             name: The host's name for it.
         """
         weight = {key: s for key, s in group.items() if s.role not in _BIAS_ROLES}
-        records = self._weight(weight, entry) if weight else {}
+        if entry.ignored:
+            records = {key: KeyRecord(key, "unmatched", entry.target, entry.ignored) for key in weight}
+        else:
+            records = self._weight(weight, entry) if weight else {}
         for key, spelled in group.items():
             if spelled.role in _BIAS_ROLES:
                 records[key] = self._bias(key, spelled.role, weight, entry)

@@ -43,6 +43,7 @@ class KeyTarget:
         parameter: Name of the parameter inside the module; adapters only act on "weight".
         tapped: Whether hooks on the module see the weight at work. Not so for embeddings, grouped
             convolutions and weights that the model multiplies with by itself.
+        ignored: Why the host applies no change of this parameter, if it does not.
     """
 
     target: Target
@@ -50,6 +51,7 @@ class KeyTarget:
     row_order: tuple[int, ...] | None = field(default=None, repr=False)
     parameter: str = "weight"
     tapped: bool = True
+    ignored: str = ""
 
     @property
     def out_features(self) -> int:

@@ -11,7 +11,7 @@ from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor
 
 from ...ssr_core import KeyTarget, LoRALayer, Part
-from ..model_info import key_target, root_of, tapped_modules, weight_shapes
+from ..model_info import key_target, root_of, tapped_modules, unpatched_parameters, weight_shapes
 
 CoreKeyMap = Mapping[str, Any]
 """Base name in a LoRA file -> key as ComfyUI's `add_patches` takes it (a string or a tuple)."""
@@ -33,9 +33,9 @@ def key_map(model: Any | None, clip: Any | None) -> dict[str, KeyTarget]:
         if owner is None:
             continue
         root = root_of(part, owner)
-        shapes, tapped = weight_shapes(root), tapped_modules(root)
+        shapes, tapped, unpatched = weight_shapes(root), tapped_modules(root), unpatched_parameters(root)
         for name, key in names.items():
-            entry = key_target(part, key, shapes, tapped)
+            entry = key_target(part, key, shapes, tapped, unpatched)
             if entry is not None:
                 entries[name] = entry
     return entries

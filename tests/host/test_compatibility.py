@@ -19,7 +19,6 @@ from .matrix import (
     CONVERTED,
     MAYBE_REFUSED,
     OTHER_STRENGTH,
-    Cell,
     all_cells,
     convert_options,
     expected,
@@ -34,12 +33,7 @@ from .weights import base_weights
 DOCS = PACK / "docs"
 WRITE = bool(os.environ.get("SSR_WRITE_COMPATIBILITY"))
 CELLS = all_cells()
-BROKEN = {
-    Cell(family, "native", "loose"): "reported as summed, but ComfyUI patches no parameter of a module with children"
-    for family in ("wan21", "wan22", "ltxv", "zimage", "sd3")
-}
-"""Cells that show a fault of the pack; they have no row until it is mended."""
-KNOWN = set(CELLS) - BROKEN.keys()
+KNOWN = set(CELLS)
 TOLERANCE, CONVERTED_TOLERANCE = 2e-5, 1e-4
 UNUSED = ("unmatched", "shadowed", "strength_0")
 BREAKS_CORE = ("lumina2", "zimage_names")
@@ -74,13 +68,7 @@ def table():
         write(DOCS, version, list(every.values()))
 
 
-def _case(cell):
-    why = BROKEN.get(cell)
-    marks = [pytest.mark.xfail(reason=why, strict=True)] if why else []
-    return pytest.param(cell, id=str(cell), marks=marks)
-
-
-@pytest.mark.parametrize("cell", [_case(cell) for cell in CELLS])
+@pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_cell(server, base, weights, table, cell):
     before = weights(cell.family)
     first, second = files(base, before, cell)
