@@ -24,8 +24,9 @@ from ..ssr_core import (
 from . import forward, host, patches
 from .entries import LoRAEntries, entry_from_record
 from .loading import Loaded, pass_through, rest
-from .model_info import model_identity
+from .model_info import model_identity, root_of
 from .options import SolveOptions
+from .storage_kinds import quantised_as
 
 OTHER_MODEL = (
     "The calibration was made on another model (or this one with other LoRAs or weights): its statistics are an "
@@ -103,7 +104,9 @@ def solve(
             model = apply(loaded, index, "model", model, unet)
             clip = clip if clip is None else apply(loaded, index, "clip", clip, text)
     division = forward.divide(model, result.layers, options.apply, out_of_reach=_out_of_reach(loaded, result))
-    report = replace(report, notes=(*report.notes, *division.notes()))
+    report = replace(
+        report, warnings=(*report.warnings, *_rounded_rests(loaded, model)), notes=(*report.notes, *division.notes())
+    )
     new_model = forward.put_on(patches.apply(model, "model", result, without=division.layers), division)
     new_clip = patches.apply(clip, "clip", result) if clip is not None else None
     extra = {"dtype": options.dtype, "calibrated_on_this_model": same_model}
@@ -118,6 +121,22 @@ def _out_of_reach(loaded: Loaded, result: MergeResult) -> set[Target]:
     silent = {one.target for one in result.report.layers if one.status == "anchored" and not sum(one.tokens)}
     untapped = {entry.target.module_path for entry in loaded.key_map.values() if not entry.tapped}
     return silent | {target for target in result.layers if target.module_path in untapped}
+
+
+def _rounded_rests(loaded: Loaded, model: Any) -> list[str]:
+    """What is said where the rest of a conversion becomes a patch on quantised weights."""
+    root, warnings = root_of("model", model), []
+    for task in loaded.tasks:
+        kept = [one.group.target for one in task.adapter.conversions if one.rest_kept]
+        paths = {target.module_path for target in kept if target.part == "model"}
+        rounded = [path for path in paths if quantised_as(root.get_submodule(path)) is not None]
+        if rounded and task.strength_model != 0:
+            warnings.append(
+                f"What conversion cut off {len(rounded)} layers of {task.name} is patched into quantised weights and "
+                "rounded there, whatever apply says. A larger convert_rank at its SSR LoRA keeps more of it exact; "
+                "residual drop leaves it out."
+            )
+    return warnings
 
 
 def _with_remarks(

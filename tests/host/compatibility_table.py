@@ -37,8 +37,16 @@ a second, plain LoRA by SSR Merge (mode sum) in a running ComfyUI, on a tiny che
 ComfyUI's own loader takes for that family. "ok" means: every weight of the merged MODEL is the base plus both changes,
 computed independently in float64; SSR Save LoRA's file, loaded by core's LoRA loader, gives the same weights without
 an unloaded key; and every key of the file has a fate in the report. The number is the worst relative error of one
-layer's change. "n of m keys unused" are keys without a layer of that name in the model; the report lists each.
-Core's own loader never reads a key that the pack leaves out; where it reads fewer, a note says how many.
+layer's change. "part": some keys of the file were unused, because the model has no layer of that name; the report
+lists each. A file of which fewer than half of the layers exist is refused; core's own loader then reads less than half
+of it, too. Core's loader never reads a key that the pack leaves out; where it reads fewer, a note says how many.
+
+Rows are names of layers, as trainers write them (native: ComfyUI's own names; A/B, up/down: names of the factors).
+Columns are kinds: vectors are biases and norms, set is replaced parameters, loose are matrices that belong to no layer,
+reshape changes the shape of a weight; an empty cell was not run. Kinds other than plain LoRA were converted with
+convert_rank 1024 and convert_error 1e-5, which loses nothing on these small layers. At real widths the default rank of
+128 leaves a part of a DoRA or of a LoKr over: [measured](benchmarks/conversion.md). Quantised bases:
+[measured](benchmarks/quantised.md).
 
 Not shown by this: real checkpoints, files of real trainers (the spellings are written down from their code and
 documentation), and image quality. Mode ssr is compared with a dense least-squares solution in every family by
@@ -95,12 +103,25 @@ def write(folder: Path, version: str, rows: Sequence[Row]) -> None:
 
 def _markdown(version: str, rows: Sequence[Row]) -> str:
     by_cell = {cell_of(entry): entry for entry in rows}
-    sections = [_INTRO.format(version=version)]
+    sections = [_INTRO.format(version=version), _summary(rows)]
     for family in FAMILIES:
         mine = {cell: entry for cell, entry in by_cell.items() if cell.family == family}
         if mine:
             sections.append(_family_section(family, mine))
     return "\n".join(sections)
+
+
+def _summary(rows: Sequence[Row]) -> str:
+    """Family by kind: how many of the cells were merged."""
+    lines = ["## In short", "", "Cells merged, of cells run.", ""]
+    lines += ["| family | " + " | ".join(ADAPTERS) + " |", "|---" * (len(ADAPTERS) + 1) + "|"]
+    for family in FAMILIES:
+        shown = []
+        for kind in ADAPTERS:
+            states = [entry["status"] for entry in rows if (entry["family"], entry["adapter"]) == (family, kind)]
+            shown.append(f"{states.count('ok')} of {len(states)}" if states else "")
+        lines.append(f"| {family} | " + " | ".join(shown) + " |")
+    return "\n".join([*lines, ""])
 
 
 def _family_section(family: str, rows: Mapping[Cell, Row]) -> str:
@@ -110,7 +131,7 @@ def _family_section(family: str, rows: Mapping[Cell, Row]) -> str:
     lines = [f"## {family}", "", "| keys | " + " | ".join(adapters) + " |", "|---" * (len(adapters) + 1) + "|"]
     for dialect in dialects:
         shown = [_shown(rows.get(Cell(family, dialect, kind)), notes) for kind in adapters]
-        lines.append(f"| `{DIALECTS[family][dialect].pattern}` | " + " | ".join(shown) + " |")
+        lines.append(f"| {dialect}: `{DIALECTS[family][dialect].pattern}` | " + " | ".join(shown) + " |")
     lines += ["", *(f"{number}. {note}" for number, note in enumerate(notes, 1)), ""]
     return "\n".join(lines)
 
@@ -119,7 +140,8 @@ def _shown(entry: Row | None, notes: list[str]) -> str:
     """One cell of a table, with the number of its footnote."""
     if entry is None:
         return ""
-    text = entry["status"] if entry["status"] != "ok" else f"ok {_power(entry['max_relative_weight_error'])}"
+    word = "part" if entry["keys_unused"] else entry["status"]
+    text = entry["status"] if entry["status"] != "ok" else f"{word} {_power(entry['max_relative_weight_error'])}"
     note = entry["reason"]
     if not note:
         return text

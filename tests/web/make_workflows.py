@@ -50,13 +50,12 @@ BUILD = """async (nodes) => {
 
 
 def main() -> None:
-    """Write all graphs."""
+    """Write all graphs, each from a page of its own: the frontend keeps widget values by node id across graphs."""
     OUT.mkdir(exist_ok=True)
-    with comfy_page(sys.argv[1]) as page:
-        for name, nodes in GRAPHS.items():
+    for name, nodes in GRAPHS.items():
+        with comfy_page(sys.argv[1]) as page:
             graph = page.evaluate(BUILD, nodes)
             (OUT / f"{name}.json").write_text(json.dumps(graph, indent=1), encoding="utf-8")
-            page.evaluate("() => app.canvas.ds.reset()")
             print(name, len(graph["nodes"]), "nodes", page.messages[:5])
 
 
