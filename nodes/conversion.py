@@ -10,15 +10,18 @@ import torch
 from torch import Tensor
 
 from ..ssr_core import Adapter, DenseGroup, IncompatibleError
+from ..ssr_core.spelling import split_key
 from . import host
-
-_NEEDS_BASE = ("DoRA", "OFT", "GLoRA", "replacement")
-"""Kinds whose change depends on the weight that they change."""
 
 _COPIES = 6
 """Of a weight in float32, while its change is computed and factorised."""
 
 NOT_ADDED = "connect the base model that this LoRA was trained for, or remove the LoRA."
+
+
+def needs_base(kind: str) -> bool:
+    """Whether a kind's change depends on the weight that it changes."""
+    return any(word in kind for word in ("DoRA", "OFT", "GLoRA"))
 
 
 class DenseChanges:
@@ -64,8 +67,10 @@ class DenseChanges:
 
     def _patch(self, group: DenseGroup) -> tuple[Any, Any]:
         """The one patch that the host makes of the group's keys."""
-        core = self._core_keys[group.target.part]
         chosen = {self._loader_keys[key]: self._tensors[key] for key in group.keys}
+        every = self._core_keys[group.target.part]
+        bases = {spelled.base for spelled in map(split_key, chosen) if spelled is not None}
+        core = {base: every[base] for base in bases}  # the loader walks all names that it is given
         try:
             patches = host.patches_of(chosen, core)
         except ValueError as err:
@@ -80,7 +85,7 @@ class DenseChanges:
         return key, patch
 
     def _weight(self, group: DenseGroup) -> Tensor:
-        if not any(word in group.kind for word in _NEEDS_BASE):
+        if not needs_base(group.kind) and "replacement" not in group.kind:
             return torch.zeros(group.weight_shape, device=self._device)
         key = f"{group.target.module_path}.{group.parameter}"
         return host.current_weight(self._owners[group.target.part], key, self._device)

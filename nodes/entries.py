@@ -189,7 +189,8 @@ def entry_from_record(record: TaskRecord) -> LoRAEntry:
                 record.strength_clip,
                 record.prompts,
                 file=file,
-                convert=record.convert_options or ConvertOptions(),
+                # a record without options was made of a LoRA that was not converted
+                convert=record.convert_options or ConvertOptions(max_rank=0),
             )
     raise FileError(
         f"no LoRA file of this name has the content that was calibrated (sha256 {record.fingerprint[:16]}…).",

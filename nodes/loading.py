@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..ssr_core import (
     read_adapter,
 )
 from . import host, patches
-from .conversion import DenseChanges
+from .conversion import DenseChanges, needs_base
 from .entries import LoRAEntries, LoRAEntry
 
 CONVERSION_SHARE = 0.2
@@ -138,10 +138,26 @@ def pass_through(loaded: Loaded, index: int, part: Part, owner: Any, core_keys: 
     return _host_patched(loaded, index, part, owner, keys, core_keys)
 
 
-def rest(loaded: Loaded, index: int, part: Part, owner: Any, core_keys: Mapping[str, Any]) -> Any:
+RESTS_IN_ORDER: tuple[Callable[[str], bool], ...] = (
+    lambda kind: "replacement" in kind,
+    needs_base,
+    lambda kind: "replacement" not in kind and not needs_base(kind),
+)
+"""Kinds of rests as they have to be applied: a replacement wipes what came before, others read the weight."""
+
+
+def rest(
+    loaded: Loaded,
+    index: int,
+    part: Part,
+    owner: Any,
+    core_keys: Mapping[str, Any],
+    of_kind: Callable[[str], bool] = lambda kind: True,
+) -> Any:
     """MODEL or CLIP with what conversion cut off one LoRA: its own keys, less the factors that were kept."""
     task = loaded.tasks[index]
-    kept = [one.group for one in task.adapter.conversions if one.rest_kept and one.group.target.part == part]
+    left = [one.group for one in task.adapter.conversions if one.rest_kept and one.group.target.part == part]
+    kept = [group for group in left if of_kind(group.kind)]
     owner = _host_patched(loaded, index, part, owner, [key for group in kept for key in group.keys], core_keys)
     layers = {group.target: task.adapter.layers[group.target] for group in kept}
     return patches.with_layers(owner, layers, -task.strength(part)) if kept else owner

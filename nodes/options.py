@@ -258,7 +258,7 @@ def solve_inputs() -> list[io.Input]:
             options=list(DTYPES),
             default="auto",
             advanced=True,
-            tooltip="Precision of the merged LoRA. auto: that of the input files.",
+            tooltip="Precision of the merged LoRA. auto: that of the plain LoRAs among the files, else float32.",
         ),
         io.Combo.Input(
             "unsupported",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -23,7 +24,7 @@ from ..ssr_core import (
 )
 from . import forward, host, patches
 from .entries import LoRAEntries, entry_from_record
-from .loading import Loaded, pass_through, rest
+from .loading import RESTS_IN_ORDER, Loaded, pass_through, rest
 from .model_info import model_identity, root_of
 from .options import SolveOptions
 from .storage_kinds import quantised_as
@@ -99,8 +100,10 @@ def solve(
     same_model = calibration is None or calibration.model == model_identity(model)
     report = _with_remarks(result.report, calibration, options, same_model)
     # before the merge: a replaced weight must not wipe that out
-    for index in range(len(loaded.tasks)):
-        for apply in (rest, pass_through) if options.unsupported == "pass_through" else (rest,):
+    steps = [partial(rest, of_kind=of_kind) for of_kind in RESTS_IN_ORDER]
+    steps += [pass_through] if options.unsupported == "pass_through" else []
+    for apply in steps:
+        for index in range(len(loaded.tasks)):
             model = apply(loaded, index, "model", model, unet)
             clip = clip if clip is None else apply(loaded, index, "clip", clip, text)
     division = forward.divide(model, result.layers, options.apply, out_of_reach=_out_of_reach(loaded, result))

@@ -100,6 +100,9 @@ class DenseGroup:
         return (rows, *self.weight_shape[1:])
 
 
+ROUNDING = 2e-6
+"""Relative error of a factorisation in float32 that is rounding alone."""
+
 Rest = Literal["pass_through", "drop"]
 RESTS: tuple[Rest, ...] = ("pass_through", "drop")
 
@@ -118,6 +121,11 @@ class ConvertOptions:
     max_rank: int = 128
     tolerance: float = 1e-3
     rest: Rest = "pass_through"
+
+    @property
+    def bound(self) -> float:
+        """The error that is aimed at: the tolerance, but not less than what float32 arithmetic leaves."""
+        return max(self.tolerance, ROUNDING)
 
 
 @dataclass(frozen=True)

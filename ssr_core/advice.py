@@ -87,12 +87,14 @@ def _truncated(task: Task) -> list[str]:
     options = task.adapter.convert_options
     if options is None:
         return []
-    short = [one for one in task.adapter.conversions if one.error > options.tolerance and one.rank >= options.max_rank]
+    short = [one for one in task.adapter.conversions if one.error > options.bound and one.rank >= options.max_rank]
     if not short:
         return []
     worst = max(short, key=lambda one: one.error)
     fate = (
-        "is applied to the MODEL as a patch of its own and is not in the saved file" if worst.rest_kept else "is lost"
+        "is applied to MODEL and CLIP as a patch of its own and is not in the saved file"
+        if worst.rest_kept
+        else "is lost"
     )
     return [
         f"{len(short)} converted layers of {task.name} hold more than rank {worst.rank}: what is left of them, up to "

@@ -116,9 +116,9 @@ def _check(change: Tensor, group: DenseGroup, name: str) -> None:
 
 
 def _factorise(change: Tensor, group: DenseGroup, options: ConvertOptions) -> tuple[LoRALayer, Conversion]:
-    found = truncate(change.flatten(1), options.max_rank, options.tolerance)
+    found = truncate(change.flatten(1), options.max_rank, options.bound)
     layer = LoRALayer(found.down.cpu(), found.up.cpu(), None, group.weight_shape[2:])
-    short = found.error > options.tolerance and found.rank >= options.max_rank
+    short = found.error > options.bound and found.rank >= options.max_rank
     return layer, Conversion(group, found.rank, found.error, short and options.rest == "pass_through")
 
 

@@ -118,7 +118,24 @@ def merge(
         tuple(warnings_for(tasks, reports, apart, method.needs_calibration)),
         tuple(notes_for(tasks, calibration)),
     )
-    return MergeResult(layers, _sum_vectors(tasks, out_dtype), report)
+    return MergeResult(*_one_change_each(layers, _sum_vectors(tasks, out_dtype)), report)
+
+
+def _one_change_each(
+    layers: dict[Target, LoRALayer], vectors: dict[tuple[Target, str], Tensor]
+) -> tuple[dict[Target, LoRALayer], dict[tuple[Target, str], Tensor]]:
+    """Factors and a difference of the same weight become one difference: files and patches name a weight once."""
+    for (target, parameter), value in list(vectors.items()):
+        shared = [one for one in layers if (one.part, one.module_path) == (target.part, target.module_path)]
+        for one in shared if parameter == "weight" else []:
+            rows = one.out_slice or (0, layers[one].up.shape[0])
+            if target.out_slice not in (None, one.out_slice):
+                raise IncompatibleError("one LoRA changes rows of a weight that another changes whole.", layer=str(one))
+            total = vectors[(target, parameter)].to(torch.float32).clone()
+            part = total if target.out_slice is not None else total.narrow(0, *rows)
+            part += layers.pop(one).delta(torch.float32).reshape(part.shape)
+            vectors[(target, parameter)] = total.to(value.dtype)
+    return layers, vectors
 
 
 def check_unsupported(tasks: Sequence[Task], unsupported: Unsupported) -> None:
@@ -176,7 +193,8 @@ class _Statistics:
             return None
         stats = self._calibration.stats_for(stack, self._records)
         missing = stats is None or not stats.complete
-        if self._needed and self._unseen == "refuse" and missing and sum(stack.basis_ranks) > 0:
+        refused = self._needed and self._unseen == "refuse" and stack.tapped
+        if refused and missing and sum(stack.basis_ranks) > 0:
             raise CalibrationError(
                 "the layer never ran for one of its LoRAs during calibration.",
                 layer=str(stack.target),

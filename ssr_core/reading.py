@@ -67,7 +67,8 @@ class LayerReader:
     def vectors(self) -> dict[tuple[Target, str], Tensor]:
         """Changes of whole parameters: those of some rows are padded with zeros and added."""
         total: dict[tuple[Target, str], Tensor] = {}
-        for (target, parameter), (value, rows) in self._vectors.items():
+        for (target, name), (value, rows) in self._vectors.items():
+            parameter = "bias" if name == "lora_bias" else name
             if target.out_slice is not None and parameter == "bias":
                 start, length = target.out_slice
                 padded = value.new_zeros(rows)
@@ -82,6 +83,8 @@ class LayerReader:
         target = entry.target
         status: KeyStatus
         if fate.form in ("unmatched", "unsupported"):
+            if fate.form == "unsupported":
+                self._claim(target, entry.parameter, list(group))
             status = "unmatched" if fate.form == "unmatched" else "unsupported"
             return {key: KeyRecord(key, status, target, fate.detail) for key in group}
         records = {
@@ -147,7 +150,8 @@ class LayerReader:
         shape = (entry.out_features, *entry.weight_shape[1:])
         made = kronecker_size(values) if kind.startswith("LoKr") else None
         needed = largest_intermediate(values, shape)
-        if needed > _ROOM * size or (made is not None and made != math.prod(shape)):
+        allowed = max(_ROOM * size, entry.out_features**2 if "OFT" in kind else 0)  # rotations of all rows
+        if needed > allowed or (made is not None and made != math.prod(shape)):
             raise IncompatibleError(
                 f"{keys[0]} and its partners make {made or needed} values, the weight has {size}.",
                 file=self.name,
@@ -196,8 +200,9 @@ class LayerReader:
         self._check_shape(key, value, (entry.out_features,), "bias", entry.target)
         if entry.row_order is not None:
             value = value[list(entry.row_order)]
-        self._claim(entry.target, "bias", [key])
-        self._vectors[(entry.target, "bias")] = (value, entry.weight_shape[0])
+        parameter = role if role == "lora_bias" else "bias"  # both may be there, and add up
+        self._claim(entry.target, parameter, [key])
+        self._vectors[(entry.target, parameter)] = (value, entry.weight_shape[0])
         return KeyRecord(key, "vector", entry.target)
 
     def _check_shape(self, key: str, value: Tensor, expected: tuple[int, ...], parameter: str, target: Target) -> None:

@@ -100,7 +100,11 @@ def change_of(patch: Any, key: Any, weight: Tensor, strength: float) -> Tensor:
         try:
             changed = comfy.lora.calculate_weight([(strength, patch, 1.0, offset, function)], weight.clone(), name)
         except _APPLY_ERRORS as err:
+            if comfy.model_management.is_oom(err):
+                raise
             raise ValueError(f"{type(err).__name__}: {err}") from err
+    if heard and "out of memory" in heard[0].lower():  # the adapter classes log what they catch
+        raise torch.OutOfMemoryError(heard[0])
     if heard:
         raise ValueError(heard[0])
     if changed.shape != weight.shape:

@@ -137,3 +137,12 @@ def test_two_doras_add_up_each_relative_to_the_model(server, base):
     server.run(ours.prompt).ok()
     expected = {name: before[name].double() + changes[0][name] + changes[1][name] for name in before}
     assert max(change_errors(dumped(base, "conv_ours"), expected, before).values()) < 1e-5
+
+
+def test_what_is_cut_off_several_loras_does_not_depend_on_their_order(server, base):
+    """A DoRA's rest reads the weight, so it comes before the rest of a plain difference."""
+    files = (adapter_file(base, "flux", "diff"), 1.0), (adapter_file(base, "flux", "dora"), 1.0)
+    short = ConversionGraph(server, "flux", convert_rank=4, residual="pass_through")
+    whole = ConversionGraph(server, "flux")
+    run_both(server, short, short.of(*files, mode="sum"), whole, whole.of(*files, mode="sum"))
+    assert compare(base, "flux") < 1e-5

@@ -115,3 +115,12 @@ def test_tucker_cores_that_cannot_be_folded(tensors):
     with pytest.raises(IncompatibleError, match=r"conv\.lora_mid") as caught:
         read_adapter(tensors, KEYS, name="file", fingerprint="h")
     assert caught.value.file == "file"
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_rotations_of_all_rows_are_no_absurdity(blocks):
+    """OFT on a layer of many rows and few inputs (a patch embedding): the rotation is larger than the weight."""
+    keys = {"tall": KeyTarget(Target("tall"), (96, 4))}
+    tensors = {"tall.oft_blocks": torch.zeros(blocks, 96 // blocks, 96 // blocks)}
+    adapter = read_adapter(tensors, keys, name="file", fingerprint="1")
+    assert [group.kind for group in adapter.dense] == ["OFT"]

@@ -243,3 +243,13 @@ def test_metadata_names_the_conversion():
     sources = json.loads(text["ssr_merge"])["sources"]
     assert sources[0]["convert"] == {"max_rank": 1024, "tolerance": 1e-12, "rest": "pass_through"}
     assert sources[1]["convert"] is None
+
+
+def test_no_tolerance_at_all_still_ends_at_the_rank_that_the_change_has():
+    """On the randomised path float32 leaves a few 1e-7 of any matrix: that is rounding, not a rest."""
+    keys = {"layer": KeyTarget(LAYER, (700, 640))}
+    adapter = read_adapter({"layer.diff": torch.zeros(700, 640)}, keys, name="file", fingerprint="1")
+    change = (randn(1, 700, 16) @ randn(2, 16, 640)).float()
+    found = convert(adapter, ConvertOptions(max_rank=64, tolerance=0.0), lambda group: change)
+    (one,) = found.conversions
+    assert (one.rank, one.rest_kept) == (16, False) and one.error < 2e-6

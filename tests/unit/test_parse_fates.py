@@ -158,3 +158,32 @@ def test_text_encoder_keys_with_clip_are_layers_of_their_part():
         {"text_encoders.t5.fc.lora_B.weight": UP, "text_encoders.t5.fc.lora_A.weight": DOWN, **GOOD}, keys
     )
     assert set(adapter.layers) == {clip, Target("ok")}
+
+
+def test_both_kinds_of_bias_of_one_layer_add_up():
+    tensors = {
+        "lora_unet_fc.lora_B.weight": UP,
+        "lora_unet_fc.lora_A.weight": DOWN,
+        "lora_unet_fc.lora_B.bias": torch.full((OUT,), 4.0),
+        "lora_unet_fc.diff_b": torch.ones(OUT),
+        **GOOD,
+    }
+    adapter, by_key = records(tensors)
+    assert by_key["lora_unet_fc.diff_b"].status == by_key["lora_unet_fc.lora_B.bias"].status == "vector"
+    assert torch.equal(adapter.vectors[(Target("fc"), "bias")], torch.full((OUT,), 5.0, dtype=torch.float32))
+
+
+def test_a_refused_alias_replaces_the_one_before_it():
+    """The host keeps the last name of a layer, whether or not it is one that can be merged."""
+    tensors = {
+        "lora_unet_fc.lora_up.weight": UP,
+        "lora_unet_fc.lora_down.weight": DOWN,
+        "diffusion_model.fc.lora_up.weight": UP,
+        "diffusion_model.fc.lora_down.weight": DOWN,
+        "diffusion_model.fc.diff": torch.ones(OUT, IN),
+        **GOOD,
+    }
+    adapter, by_key = records(tensors)
+    assert Target("fc") not in adapter.layers
+    assert by_key["lora_unet_fc.lora_up.weight"].status == "shadowed"
+    assert by_key["diffusion_model.fc.diff"].status == "unsupported"

@@ -175,3 +175,30 @@ def test_a_calibration_keeps_how_its_loras_were_converted(tmp_path):
     assert [record.convert_options for record in loaded.tasks] == [options, None] and loaded.tasks == calibration.tasks
     before, after = (merge(tasks, SSRMerge(), one).layers[LAYER].delta() for one in (calibration, loaded))
     assert rel(after, before) < 1e-6
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_factors_and_a_difference_of_one_weight_become_one_difference(order):
+    """Two LoRAs on an embedding, one low-rank, one a full difference: a file has one name for both."""
+    keys = {"embed": KeyTarget(EMBED, (OUT, IN), tapped=False)}
+    difference = randn(4, OUT, IN)
+    plain = read_adapter(
+        {"embed.lora_up.weight": UP, "embed.lora_down.weight": DOWN}, keys, name="plain", fingerprint="1"
+    )
+    full = read_adapter({"embed.diff": difference}, keys, name="full", fingerprint="2")
+    tasks = [(Task(plain, 0.5), Task(full, -2.0))[i] for i in order]
+    result = merge(tasks, SumMerge(), dtype=F64)
+    assert EMBED not in result.layers
+    assert rel(result.vectors[(EMBED, "weight")], 0.5 * UP @ DOWN - 2 * difference) < 1e-6
+
+
+def test_refusing_unseen_layers_does_not_mean_those_that_hooks_cannot_see():
+    tasks = [
+        task(name, {LAYER: lora(seed, OUT, IN, 2), EMBED: lora(seed + 1, OUT, IN, 3)}, untapped=frozenset({EMBED}))
+        for name, seed in (("a", 1), ("b", 5))
+    ]
+    root = nn.ModuleDict({"layer": linear64(IN, OUT)})
+    run = lambda index, tap: root["layer"](task_tokens(index, 30, IN))  # noqa: E731
+    calibration = calibrate(root, tasks, build_stacks(tasks), run)
+    result = merge(tasks, SSRMerge(), calibration, unseen="refuse")
+    assert {layer.target: layer.status for layer in result.report.layers}[EMBED] == "anchored"
