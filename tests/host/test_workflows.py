@@ -120,6 +120,21 @@ def test_workflow_opens_without_a_warning(prompts, name):
 
 
 @pytest.mark.parametrize("name", [path.stem for path in WORKFLOWS])
+def test_settings_are_the_nodes_defaults(server, prompts, name):
+    """The frontend keeps widget values by node id from one graph to the next: another graph's would slip in."""
+    prompt, _, _ = prompts[name]
+    nodes = [n for n in prompt.values() if n["class_type"] in ("SSRMerge", "SSRCalibrate", "SSRSolve", "SSRLoRA")]
+    assert nodes
+    for node in nodes:
+        schema = server.schemas()[node["class_type"]]["input"]
+        settings = {**schema.get("required", {}), **schema.get("optional", {})}
+        for key, value in node["inputs"].items():
+            options = settings.get(key, [None])[1:]
+            if options and "default" in options[0] and key not in ("prompts", "strengths", "lora"):
+                assert value == options[0]["default"], (node["class_type"], key, value)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in WORKFLOWS])
 def test_workflow_runs_on_tiny_models(server, base, prompts, name):
     prompt, _, _ = prompts[name]
     kinds = [node["class_type"] for node in prompt.values()]
