@@ -1,8 +1,10 @@
 """Models and inputs that make naive calibrations wrong in silence."""
 
 import pytest
+from safetensors.torch import load_file
 
 from .merging import MergeGraph, pair
+from .test_save import saved_name
 from .weights import assert_added, base_weights, dumped, relative_error
 
 CASE = "flux-fused-split"
@@ -67,3 +69,20 @@ def test_a_context_lora_changes_what_calibration_sees(server, base):
     name = "diffusion_model.double_blocks.0.img_mlp.2.weight"
     shift = 2.0 * tasks[0].file.truth[name].delta
     assert relative_error(other[name].double() - shift, plain[name].double()) > 1e-4
+
+
+@pytest.mark.parametrize("case", ["flux-fused-split", "sd15-convolutions"])
+def test_calibration_on_offloaded_layers_gives_the_same_merge(server, base, case):
+    family, tasks = pair(base, case)
+    found = []
+    for offloaded in (False, True):
+        graph = MergeGraph(server)
+        model = graph.checkpoint(family)
+        merged = graph.merge(family, tasks, model=graph.add("LowMemoryModel", model=model) if offloaded else model)
+        saved = graph.save(merged, f"offloaded_{family}_{offloaded}")
+        result = server.run(graph.prompt).ok()
+        found.append(load_file(base / "output" / "loras" / saved_name(result, saved)))
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        if value.norm() > 0:
+            assert relative_error(found[1][name], value) < 1e-5, name

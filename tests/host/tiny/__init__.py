@@ -10,6 +10,7 @@ if __package__:
     from . import detection, families
     from .conversions import CONVERSION_NODES
     from .faults import FAULT_NODES
+    from .guests import GUEST_NODES
     from .layers import LAYER_NODES
     from .modes import MODE_NODES
     from .packed import PACKED_NODES
@@ -26,6 +27,7 @@ if __package__:
                 *SOURCE_NODES,
                 *PROBE_NODES,
                 *FAULT_NODES,
+                *GUEST_NODES,
                 *CONVERSION_NODES,
                 *LAYER_NODES,
                 *MODE_NODES,
