@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,29 +138,30 @@ def pass_through(loaded: Loaded, index: int, part: Part, owner: Any, core_keys: 
     return _host_patched(loaded, index, part, owner, keys, core_keys)
 
 
-RESTS_IN_ORDER: tuple[Callable[[str], bool], ...] = (
-    lambda kind: "replacement" in kind,
-    needs_base,
-    lambda kind: "replacement" not in kind and not needs_base(kind),
-)
-"""Kinds of rests as they have to be applied: a replacement wipes what came before, others read the weight."""
-
-
 def rest(
-    loaded: Loaded,
-    index: int,
-    part: Part,
-    owner: Any,
-    core_keys: Mapping[str, Any],
-    of_kind: Callable[[str], bool] = lambda kind: True,
+    loaded: Loaded, index: int, part: Part, owner: Any, core_keys: Mapping[str, Any], *, reading: bool | None = None
 ) -> Any:
-    """MODEL or CLIP with what conversion cut off one LoRA: its own keys, less the factors that were kept."""
+    """MODEL or CLIP with what conversion cut off one LoRA.
+
+    Args:
+        loaded: The LoRAs.
+        index: Which one.
+        part: MODEL or CLIP.
+        owner: The MODEL or CLIP itself.
+        core_keys: The host's key map.
+        reading: Only kinds whose change depends on the weight (they have to come first), or only the others.
+    """
     task = loaded.tasks[index]
-    left = [one.group for one in task.adapter.conversions if one.rest_kept and one.group.target.part == part]
-    kept = [group for group in left if of_kind(group.kind)]
-    owner = _host_patched(loaded, index, part, owner, [key for group in kept for key in group.keys], core_keys)
-    layers = {group.target: task.adapter.layers[group.target] for group in kept}
-    return patches.with_layers(owner, layers, -task.strength(part)) if kept else owner
+    kept = [one for one in task.adapter.conversions if one.rest_kept and one.group.target.part == part]
+    if reading is not None:
+        kept = [one for one in kept if needs_base(one.group.kind) == reading]
+    dense = {(one.group.target, "weight"): one.rest for one in kept if one.rest is not None}
+    if dense:
+        owner = patches.with_vectors(owner, dense, task.strength(part))
+    groups = [one.group for one in kept if one.rest is None]
+    owner = _host_patched(loaded, index, part, owner, [key for group in groups for key in group.keys], core_keys)
+    layers = {group.target: task.adapter.layers[group.target] for group in groups}
+    return patches.with_layers(owner, layers, -task.strength(part)) if layers else owner
 
 
 def _host_patched(

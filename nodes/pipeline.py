@@ -24,7 +24,7 @@ from ..ssr_core import (
 )
 from . import forward, host, patches
 from .entries import LoRAEntries, entry_from_record
-from .loading import RESTS_IN_ORDER, Loaded, pass_through, rest
+from .loading import Loaded, pass_through, rest
 from .model_info import model_identity, root_of
 from .options import SolveOptions
 from .storage_kinds import quantised_as
@@ -100,7 +100,7 @@ def solve(
     same_model = calibration is None or calibration.model == model_identity(model)
     report = _with_remarks(result.report, calibration, options, same_model)
     # before the merge: a replaced weight must not wipe that out
-    steps = [partial(rest, of_kind=of_kind) for of_kind in RESTS_IN_ORDER]
+    steps = [partial(rest, reading=True), partial(rest, reading=False)]
     steps += [pass_through] if options.unsupported == "pass_through" else []
     for apply in steps:
         for index in range(len(loaded.tasks)):

@@ -137,12 +137,15 @@ class Conversion:
         rank: Rank of the factors; 0 for a vector, which is exact.
         error: Relative error (Frobenius) of the factors.
         rest_kept: Whether the host applies what the factors leave out as a patch of its own.
+        rest: What they leave out of a replaced weight, dense like the file itself; None for other kinds, whose
+            rest is the file's own keys less the factors.
     """
 
     group: DenseGroup
     rank: int
     error: float
     rest_kept: bool = False
+    rest: Tensor | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,12 @@ class Fate(NamedTuple):
 
 def bends(kind: str) -> bool:
     """Whether a kind's change is not proportional to the strength, or the host does not apply it so."""
-    return any(word in kind for word in ("OFT", "replacement"))
+    return "OFT" in kind or is_replacement(kind)
+
+
+def is_replacement(kind: str) -> bool:
+    """Whether a kind gives the new weight instead of a change of the old one."""
+    return "replacement" in kind
 
 
 def fate_of(group: Mapping[str, Spelled], entry: KeyTarget, tensors: Mapping[str, Tensor]) -> Fate:

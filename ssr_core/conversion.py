@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .adapters import Adapter, Conversion, ConvertOptions, DenseGroup, KeyRecord, LoRALayer
+from .classify import is_replacement
 from .errors import IncompatibleError
 from .targets import Part, Target
 from .truncation import truncate
@@ -119,7 +120,11 @@ def _factorise(change: Tensor, group: DenseGroup, options: ConvertOptions) -> tu
     found = truncate(change.flatten(1), options.max_rank, options.bound)
     layer = LoRALayer(found.down.cpu(), found.up.cpu(), None, group.weight_shape[2:])
     short = found.error > options.bound and found.rank >= options.max_rank
-    return layer, Conversion(group, found.rank, found.error, short and options.rest == "pass_through")
+    kept = short and options.rest == "pass_through"
+    rest = None
+    if kept and is_replacement(group.kind):  # the host's own patch would wipe out what others added
+        rest = (change - (found.up @ found.down).reshape(change.shape)).cpu()
+    return layer, Conversion(group, found.rank, found.error, kept, rest)
 
 
 def _in_words(conversion: Conversion) -> str:

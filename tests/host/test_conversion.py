@@ -139,9 +139,13 @@ def test_two_doras_add_up_each_relative_to_the_model(server, base):
     assert max(change_errors(dumped(base, "conv_ours"), expected, before).values()) < 1e-5
 
 
-def test_what_is_cut_off_several_loras_does_not_depend_on_their_order(server, base):
-    """A DoRA's rest reads the weight, so it comes before the rest of a plain difference."""
-    files = (adapter_file(base, "flux", "diff"), 1.0), (adapter_file(base, "flux", "dora"), 1.0)
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("difference", "dora"), ("dora", "difference"), ("difference", "difference"), ("loha", "oft")],
+)
+def test_what_is_cut_off_several_loras_adds_up(server, base, first, second):
+    """Each rest is the one that belongs to the model's own weight, whatever the other LoRA leaves over there."""
+    files = (adapter_file(base, "flux", first), 1.0), (adapter_file(base, "flux", second, 2), 1.0)
     short = ConversionGraph(server, "flux", convert_rank=4, residual="pass_through")
     whole = ConversionGraph(server, "flux")
     run_both(server, short, short.of(*files, mode="sum"), whole, whole.of(*files, mode="sum"))
