@@ -17,7 +17,7 @@ from .entries import (
     file_hash,
     prompt_lines,
 )
-from .options import CATEGORY, LORA_MODEL, LORA_STACK, SSR_LORA
+from .inputs import CATEGORY, LORA_MODEL, LORA_STACK, SSR_LORA
 
 NO_FILE = "None"
 _CONVERT = ConvertOptions()

@@ -9,18 +9,17 @@ from comfy_api.latest import io, ui
 from ..ssr_core import check_unsupported
 from . import host, passes, pipeline
 from .entries import LoRAEntries, flatten, parse_strengths
-from .loading import load
-from .options import (
+from .inputs import (
     CATEGORY,
     LORA_MODEL,
     SSR_CALIBRATION,
     calibration_inputs,
-    calibration_options,
     lora_sockets,
     optional_calibration_inputs,
     solve_inputs,
-    solve_options,
 )
+from .loading import load
+from .options import calibration_options, solve_options
 
 _MODEL_TIP = "The base model that the LoRAs were trained for. LoRAs already on it stay active and are not merged."
 _CLIP_TIP = "Encodes the prompts; its LoRA layers are merged too. Not needed if every SSR LoRA has a CONDITIONING."

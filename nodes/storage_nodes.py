@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ssr_core import KEY_STYLES, KeyStyle, load_calibration, save_calibration
 from . import paths, pipeline, saving
 from .entries import file_hash
-from .options import CATEGORY, LORA_MODEL, SSR_CALIBRATION
+from .inputs import CATEGORY, LORA_MODEL, SSR_CALIBRATION
 
 
 class SSRSaveCalibration(io.ComfyNode):

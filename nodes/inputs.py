@@ -1,0 +1,184 @@
+"""Inputs that several nodes share, as a person sees them."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..ssr_core import ANCHORS, METHODS, PaddingMode, SSRMerge
+from . import host
+from .forward import APPLY
+from .options import DTYPES
+
+SSR_LORA = io.Custom("SSR_LORA")
+SSR_CALIBRATION = io.Custom("SSR_CALIBRATION")
+LORA_MODEL = io.Custom("LORA_MODEL")
+LORA_STACK = io.Custom("LORA_STACK")
+
+CATEGORY = "model/merging/SSR-Merge"
+PADDING: tuple[PaddingMode, ...] = ("balance", "include", "exclude")
+UNSUPPORTED = ("refuse", "pass_through")
+UNSEEN = ("anchor", "refuse")
+_DEFAULTS = SSRMerge()
+
+
+def lora_sockets(minimum: int) -> io.Autogrow.Input:
+    """Growing sockets for SSR LoRA nodes."""
+    template = io.Autogrow.TemplatePrefix(
+        SSR_LORA.Input("lora", tooltip="An SSR LoRA node, or a chain of them."), prefix="lora", min=minimum, max=50
+    )
+    return io.Autogrow.Input(
+        "loras", template=template, tooltip="The LoRAs to merge. A new socket appears as you connect."
+    )
+
+
+def calibration_inputs() -> list[io.Input]:
+    """Main inputs of calibration."""
+    return [
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=io.ControlAfterGenerate.fixed,
+            tooltip="Noise of the calibration passes, the same for every LoRA. Any value works; keep it fixed, or every "
+            "run calibrates again.",
+        ),
+        io.Int.Input(
+            "steps",
+            default=1,
+            min=1,
+            max=100,
+            tooltip="Sampling steps of each calibration pass. 1 as in the paper; 4 looks at several noise "
+            "levels and costs four times as much.",
+        ),
+        io.Int.Input("width", default=512, min=16, max=8192, step=8, tooltip=_size_tip("Width")),
+        io.Int.Input("height", default=512, min=16, max=8192, step=8, tooltip=_size_tip("Height")),
+        io.Int.Input(
+            "frames",
+            default=1,
+            min=1,
+            max=1025,
+            tooltip="Video models: frames of the calibration pass. 1 is cheap; use a few if motion LoRAs are merged. "
+            "Image models ignore it.",
+        ),
+    ]
+
+
+def optional_calibration_inputs() -> list[io.Input]:
+    """Links and advanced settings of calibration."""
+    return [
+        io.Latent.Input(
+            "latent",
+            optional=True,
+            tooltip="Replaces width, height and frames, e.g. for edit or image-to-video models.",
+        ),
+        io.Sigmas.Input(
+            "sigmas",
+            optional=True,
+            tooltip="Replaces steps and scheduler: the model is evaluated once at each value but the last.",
+        ),
+        io.Combo.Input(
+            "scheduler",
+            options=host.SCHEDULERS,
+            default="simple",
+            advanced=True,
+            tooltip="Which noise levels the steps visit. At 1 step every scheduler starts from pure noise.",
+        ),
+        io.Combo.Input(
+            "padding",
+            options=list(PADDING),
+            default="balance",
+            advanced=True,
+            tooltip="Padded text tokens: balance (recommended) lets them count at most as much as the prompt's own, "
+            "include counts all alike, exclude leaves them out.",
+        ),
+        io.Float.Input(
+            "memory_budget_gb",
+            default=0.0,
+            min=0.0,
+            max=1024.0,
+            step=0.5,
+            advanced=True,
+            tooltip="Memory that the statistics may take, in GiB; the node stops with the amount needed if that is "
+            "more. 0: half of what the machine has.",
+        ),
+    ]
+
+
+def solve_inputs() -> list[io.Input]:
+    """Advanced settings of the solve."""
+    return [
+        io.Combo.Input(
+            "mode",
+            options=list(METHODS),
+            default=SSRMerge.name,
+            advanced=True,
+            tooltip="ssr (recommended) routes each signal to its LoRA; paper is the published formula to the letter; "
+            "gains scales each LoRA; sum is what chained loaders do; average divides by their number.",
+        ),
+        io.Float.Input(
+            "ridge",
+            default=_DEFAULTS.ridge,
+            min=0.0,
+            max=10.0,
+            step=0.0001,
+            round=0.000001,
+            advanced=True,
+            tooltip="ssr: how strongly signals that calibration hardly saw keep to the anchor, as a fraction of the "
+            f"mean signal. {_DEFAULTS.ridge:g} recommended; more if a merge looks unstable.",
+        ),
+        io.Combo.Input(
+            "anchor",
+            options=list(ANCHORS),
+            default=_DEFAULTS.anchor,
+            advanced=True,
+            tooltip="ssr: what unseen signals get: sum (each LoRA in full), average, gains (each LoRA's best scale) or "
+            "zero (the LoRA is lost there, as in the paper).",
+        ),
+        io.Boolean.Input(
+            "balance",
+            default=_DEFAULTS.balance,
+            advanced=True,
+            tooltip="ssr: give every LoRA the same weight, however long its prompts are. Recommended.",
+        ),
+        io.Combo.Input(
+            "dtype",
+            options=list(DTYPES),
+            default="auto",
+            advanced=True,
+            tooltip="Precision of the merged LoRA. auto: that of the plain LoRAs among the files, else float32.",
+        ),
+        io.Combo.Input(
+            "unsupported",
+            options=list(UNSUPPORTED),
+            default="refuse",
+            advanced=True,
+            tooltip="Keys that can be neither routed nor converted: refuse names the first one and stops; "
+            "pass_through applies them to MODEL and CLIP as ordinary patches, the saved file lacks them.",
+        ),
+        io.Combo.Input(
+            "unseen_layers",
+            options=list(UNSEEN),
+            default="anchor",
+            advanced=True,
+            tooltip="Layers that never ran in calibration: anchor merges them by the anchor and reports them; refuse "
+            "stops with their name.",
+        ),
+        io.Combo.Input(
+            "apply",
+            options=list(APPLY),
+            default="auto",
+            optional=True,
+            advanced=True,
+            tooltip="How the MODEL gets the merged LoRA. weights patches the base weights; on fp8, INT8, GGUF and other "
+            "quantised models that rounds most of it away. forward adds it to each layer's output instead: exact, "
+            "slightly slower. auto: forward for quantised layers, weights for the others. CLIP always gets weights.",
+        ),
+    ]
+
+
+def _size_tip(side: str) -> str:
+    return (
+        f"{side} of the calibration pass in pixels. It only needs to show the model typical signals: 512 is enough, "
+        "larger costs time."
+    )
