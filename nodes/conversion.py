@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ssr_core import Adapter, DenseGroup, IncompatibleError
+from ..ssr_core.classify import is_replacement, reads_weight
 from ..ssr_core.spelling import split_key
 from . import host
 
@@ -17,11 +18,6 @@ _COPIES = 6
 """Of a weight in float32, while its change is computed and factorised."""
 
 NOT_ADDED = "connect the base model that this LoRA was trained for, or remove the LoRA."
-
-
-def needs_base(kind: str) -> bool:
-    """Whether a kind's change depends on the weight that it changes."""
-    return any(word in kind for word in ("DoRA", "OFT", "GLoRA"))
 
 
 class DenseChanges:
@@ -85,7 +81,7 @@ class DenseChanges:
         return key, patch
 
     def _weight(self, group: DenseGroup) -> Tensor:
-        if not needs_base(group.kind) and "replacement" not in group.kind:
+        if not reads_weight(group.kind) and not is_replacement(group.kind):
             return torch.zeros(group.weight_shape, device=self._device)
         key = f"{group.target.module_path}.{group.parameter}"
         return host.current_weight(self._owners[group.target.part], key, self._device)

@@ -27,12 +27,14 @@ class Division:
         of: Layers of the diffusion model in all.
         storage: How many of them have which quantised storage.
         apply: What was asked for.
+        rounded: Quantised layers that hooks do not reach, which get a patch whatever was asked for.
     """
 
     layers: Mapping[Target, LoRALayer]
     of: int
     storage: Mapping[str, int]
     apply: Apply
+    rounded: tuple[str, ...] = ()
 
     def notes(self) -> tuple[str, ...]:
         """What the report says about it."""
@@ -44,10 +46,16 @@ class Division:
                     "keeps it exact.",
                 )
             return ()
+        missed = (
+            f" {len(self.rounded)} quantised layers are out of the hooks' reach and are patched and rounded, e.g. "
+            f"{self.rounded[0]}."
+            if self.rounded
+            else ""
+        )
         why = f"base weights are quantised: {stored}" if self.apply == "auto" else "apply is forward"
         return (
             f"{len(self.layers)} of {self.of} layers of the MODEL are applied in the forward pass ({why}). Nodes that "
-            "save or merge the MODEL itself do not see them: use SSR Save LoRA, or set apply to weights.",
+            f"save or merge the MODEL itself do not see them: use SSR Save LoRA, or set apply to weights.{missed}",
         )
 
 
@@ -66,7 +74,9 @@ def divide(
         for target, layer in own.items()
         if target not in out_of_reach and (apply == "forward" or (apply == "auto" and stored[target] is not None))
     }
-    return Division(chosen, len(own), Counter(name for name in stored.values() if name is not None), apply)
+    quantised = [target for target in own if stored[target] is not None]
+    missed = tuple(str(target) for target in quantised if apply != "weights" and target not in chosen)
+    return Division(chosen, len(own), Counter(name for name in stored.values() if name is not None), apply, missed)
 
 
 def put_on(model: Any, division: Division) -> Any:

@@ -20,8 +20,9 @@ from ..ssr_core import (
     converted_groups,
     read_adapter,
 )
+from ..ssr_core.classify import reads_weight
 from . import host, patches
-from .conversion import DenseChanges, needs_base
+from .conversion import DenseChanges
 from .entries import LoRAEntries, LoRAEntry
 
 CONVERSION_SHARE = 0.2
@@ -154,7 +155,7 @@ def rest(
     task = loaded.tasks[index]
     kept = [one for one in task.adapter.conversions if one.rest_kept and one.group.target.part == part]
     if reading is not None:
-        kept = [one for one in kept if needs_base(one.group.kind) == reading]
+        kept = [one for one in kept if reads_weight(one.group.kind) == reading]
     dense = {(one.group.target, "weight"): one.rest for one in kept if one.rest is not None}
     if dense:
         owner = patches.with_vectors(owner, dense, task.strength(part))

@@ -23,6 +23,11 @@ def bends(kind: str) -> bool:
     return "OFT" in kind or is_replacement(kind)
 
 
+def reads_weight(kind: str) -> bool:
+    """Whether a kind's change depends on the weight that it changes."""
+    return any(word in kind for word in ("DoRA", "OFT", "GLoRA"))
+
+
 def is_replacement(kind: str) -> bool:
     """Whether a kind gives the new weight instead of a change of the old one."""
     return "replacement" in kind

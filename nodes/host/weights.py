@@ -15,6 +15,8 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from .names import read_patches
+
 _APPLY_ERRORS = (
     *(RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, ZeroDivisionError),
     NameError,  # GLoRA factors of no known order: a local name is never set
@@ -144,7 +146,7 @@ def patches_of(tensors: Mapping[str, Tensor], core: Mapping[str, Any]) -> dict[A
         ValueError: A tensor of a pair is missing, or has a form that the loader cannot take.
     """
     try:
-        return dict(comfy.lora.load_lora(dict(tensors), dict(core), log_missing=False))
+        return read_patches(tensors, core)
     except KeyError as err:
         raise ValueError(f"{err.args[0]} is missing beside its partner") from err
     except (RuntimeError, ValueError, TypeError, IndexError) as err:
