@@ -31,7 +31,18 @@ from .gram import GramStats
 from .memory import MemoryNeed, check_memory, memory_need
 from .merge import MergeResult, check_unsupported, describe, merge
 from .metadata import merge_metadata
-from .methods import METHODS, AverageMerge, GainsMerge, MergeMethod, PaperMerge, SSRMerge, SumMerge
+from .methods import (
+    DIRECTIONS,
+    METHODS,
+    AverageMerge,
+    Directions,
+    GainsMerge,
+    MergeMethod,
+    NPLoRAMerge,
+    PaperMerge,
+    SSRMerge,
+    SumMerge,
+)
 from .padding import PaddingMode, TextRows
 from .parse import read_adapter
 from .report import FileAccount, LayerReport, MergeReport
@@ -52,7 +63,9 @@ __all__ = [
     "Conversion",
     "ConvertOptions",
     "Converted",
+    "DIRECTIONS",
     "DenseGroup",
+    "Directions",
     "FileAccount",
     "FileError",
     "ForwardLoRA",
@@ -73,6 +86,7 @@ __all__ = [
     "MergeMethod",
     "MergeReport",
     "MergeResult",
+    "NPLoRAMerge",
     "PaddingMode",
     "PaperMerge",
     "Part",

@@ -9,7 +9,7 @@ import torch
 
 from .diagnostics import crosstalk, routed_signals, routing_error
 from .gram import GramStats
-from .methods import MergedFactors, MergeMethod
+from .methods import MergedFactors, MergeMethod, routes
 from .report import FileAccount, KeyFate, LayerReport, LayerStatus, count_fates
 from .router import Anchor, anchor_router, pooled
 from .stacks import LayerStack, Task
@@ -24,13 +24,15 @@ def layer_report(
 ) -> LayerReport:
     """What one stack's answer does, measured on the calibration tokens."""
     seen = stats is not None and (stats.complete or not sum(stats.ranks))  # nothing to see where all downs are zero
-    status: LayerStatus = "merged" if not method.needs_calibration else "routed" if seen else "anchored"
-    view = factors.view
+    status: LayerStatus = "routed" if routes(method) else "merged"
+    if method.needs_calibration and not seen:
+        status = "anchored"
+    view, measures = factors.view, factors.measures
     if stats is None:
-        return LayerReport(stack.target, status, stack.tasks, stack.rank)
+        return LayerReport(stack.target, status, stack.tasks, stack.rank, measures=measures)
     tokens, nonfinite = tuple(stats.tokens.tolist()), int(stats.nonfinite.sum())
     if not seen or view is None or view.grams is None or view.ups.shape[1] == 0:
-        return LayerReport(stack.target, status, stack.tasks, stack.rank, tokens, nonfinite)
+        return LayerReport(stack.target, status, stack.tasks, stack.rank, tokens, nonfinite, measures=measures)
     grams = pooled(view.grams, stats.tokens.to(view.grams.device), balanced=True)
     ups = view.ups.to(torch.float64)
     up_gram = ups.T @ ups
@@ -46,7 +48,16 @@ def layer_report(
         if name in ("sum", "result"):
             matrices[name] = crosstalk(router, grams, view.ranks, up_gram, signals).tolist()
     return LayerReport(
-        stack.target, status, stack.tasks, stack.rank, tokens, nonfinite, factors.condition, errors, matrices
+        stack.target,
+        status,
+        stack.tasks,
+        stack.rank,
+        tokens,
+        nonfinite,
+        factors.condition,
+        errors,
+        matrices,
+        measures,
     )
 
 

@@ -16,7 +16,7 @@ from .calibration import Calibration
 from .canonical import balance
 from .errors import CalibrationError, IncompatibleError, SolveError
 from .gram import GramStats
-from .methods import MergedFactors, MergeMethod
+from .methods import MergedFactors, MergeMethod, RoleMethod, routes
 from .report import LayerReport, MergeReport
 from .stacks import LayerStack, Task, build_stacks
 from .targets import Target
@@ -77,12 +77,15 @@ def merge(
         The merged adapter and the report.
 
     Raises:
-        IncompatibleError: Unsupported keys under "refuse", or a calibration of other LoRAs.
+        IncompatibleError: Unsupported keys under "refuse", a calibration of other LoRAs, or a part that
+            the method gives to a LoRA is not taken.
         CalibrationError: No calibration, or a layer never ran under "refuse".
         SolveError: A layer has no finite answer.
     """
     if not any(task.strength_model or task.strength_clip for task in tasks):
         raise IncompatibleError("no LoRA is enabled.", remedy="enable at least one LoRA with a strength other than 0.")
+    if isinstance(method, RoleMethod):
+        method.check_roles([task.active for task in tasks])
     check_unsupported(tasks, unsupported)
     stacks = build_stacks(tasks, like=calibration.stack_tasks if calibration is not None else ())
     shared = [stack for stack in stacks if len(stack.blocks) > 1]
@@ -102,7 +105,8 @@ def merge(
         for stack, one, factors in zip(chunk, stats, answers, strict=True):
             layers[stack.target] = _finish(stack, factors, out_dtype)
             reports.append(layer_report(stack, factors, one, method))
-            note_separability(apart, stack, one)
+            if not isinstance(method, RoleMethod):
+                note_separability(apart, stack, one)
     tick(len(order), len(order))
     for stack in stacks:
         if len(stack.blocks) == 1:
@@ -115,7 +119,7 @@ def merge(
         tuple(task.name for task in tasks),
         tuple(reports),
         tuple(account(i, task, reports, unsupported == "pass_through") for i, task in enumerate(tasks)),
-        tuple(warnings_for(tasks, reports, apart, method.needs_calibration)),
+        tuple(warnings_for(tasks, reports, apart, routes(method))),
         tuple(notes_for(tasks, calibration)),
     )
     return MergeResult(*_one_change_each(layers, _sum_vectors(tasks, out_dtype)), report)

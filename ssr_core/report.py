@@ -55,6 +55,7 @@ class LayerReport:
         errors: Relative reconstruction error on the calibration tokens, by router: "result", "sum",
             "average", "gains"; empty without statistics.
         crosstalk: Two (K, K) matrices, sum and result: mean energy of branch j under task i.
+        measures: Numbers of the method's own, by what they are called in the report.
     """
 
     target: Target
@@ -66,6 +67,7 @@ class LayerReport:
     condition: float = math.nan
     errors: Mapping[str, float] = field(default_factory=dict)
     crosstalk: Mapping[str, list[list[float]]] = field(default_factory=dict)
+    measures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,7 @@ def _summary(report: MergeReport) -> list[str]:
     counts = Counter(layer.status for layer in report.layers)
     lines = ["## Layers", ""]
     lines += [f"- {counts[status]} {FATE_WORDS[status]}" for status in counts]
+    lines += _measures(report)
     error = report.reconstruction_error()
     if not math.isnan(error):
         lines += [
@@ -203,6 +206,17 @@ def _summary(report: MergeReport) -> list[str]:
             f"a pass); the anchor decides most of them, e.g. {short[0].target}.",
         ]
     return [*lines, ""]
+
+
+def _measures(report: MergeReport) -> list[str]:
+    """What the method itself measured, averaged over the layers that have it."""
+    found: dict[str, list[float]] = {}
+    for layer in report.layers:
+        for name, value in layer.measures.items():
+            found.setdefault(name, []).append(value)
+    return [
+        f"- {name}: {sum(all_) / len(all_):.3g} on average, {max(all_):.3g} at most" for name, all_ in found.items()
+    ]
 
 
 def _crosstalk_table(report: MergeReport) -> list[str]:

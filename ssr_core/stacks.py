@@ -108,6 +108,7 @@ class LayerStack:
     Attributes:
         target: Module and rows; the union of the rows where slices overlap.
         blocks: One block for each task that has this layer, in task order.
+        count: Number of LoRAs in the merge, with or without this layer.
         kernel: Spatial kernel; empty for linear layers.
         origin: Target under which a calibration keeps the statistics; `target` if none was given.
         tapped: Whether hooks can watch the module at work.
@@ -115,6 +116,7 @@ class LayerStack:
 
     target: Target
     blocks: tuple[Block, ...]
+    count: int
     kernel: tuple[int, ...] = ()
     origin: Target | None = None
     tapped: bool = True
@@ -258,7 +260,7 @@ def _stack(group: _Group, tasks: Sequence[Task]) -> LayerStack:
         by_task.setdefault(member.task, []).append((member.target, member.layer))
     blocks = tuple(_block(index, target, by_task[index], out, tasks[index]) for index in sorted(by_task))
     tapped = not any(member.target in tasks[member.task].adapter.untapped for member in group.members)
-    return LayerStack(target, blocks, group.members[0].layer.kernel, group.origin or target, tapped)
+    return LayerStack(target, blocks, len(tasks), group.members[0].layer.kernel, group.origin or target, tapped)
 
 
 def _union(slices: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from .base import MergedFactors, MergeMethod
+from .base import MergedFactors, MergeMethod, RoleMethod, routes
 from .linear import AverageMerge, GainsMerge, SumMerge
+from .nplora import DIRECTIONS, Directions, NPLoRAMerge
 from .paper import PaperMerge
 from .ssr import SSRMerge
 
 METHODS: dict[str, type[MergeMethod]] = {
-    method.name: method for method in (SSRMerge, PaperMerge, GainsMerge, SumMerge, AverageMerge)
+    method.name: method for method in (SSRMerge, PaperMerge, GainsMerge, SumMerge, AverageMerge, NPLoRAMerge)
 }
 
 __all__ = [
+    "DIRECTIONS",
     "METHODS",
     "AverageMerge",
+    "Directions",
     "GainsMerge",
     "MergeMethod",
     "MergedFactors",
+    "NPLoRAMerge",
     "PaperMerge",
+    "RoleMethod",
     "SSRMerge",
     "SumMerge",
+    "routes",
 ]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -41,19 +41,25 @@ class MergedFactors:
         up: (rows, R).
         view: The router behind it, for methods that have one.
         condition: Condition number of what was solved (a lower bound); nan where nothing was.
+        measures: Numbers of the method's own for the report, by what they are called there.
     """
 
     down: Tensor
     up: Tensor
     view: RouterView | None = None
     condition: float = float("nan")
+    measures: Mapping[str, float] = field(default_factory=dict)
 
 
 class MergeMethod(Protocol):
     """Merges stacks of two or more adapters. Implementations are frozen dataclasses of parameters."""
 
     name: ClassVar[str]
-    needs_calibration: ClassVar[bool]
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it uses statistics; a class variable where no parameter decides it."""
+        ...
 
     def merge(
         self, stacks: Sequence[LayerStack], stats: Sequence[GramStats | None], device: torch.device
@@ -74,6 +80,27 @@ class MergeMethod(Protocol):
         ...
 
 
+@runtime_checkable
+class RoleMethod(Protocol):
+    """A merge method in which LoRAs play different parts."""
+
+    def check_roles(self, active: Sequence[bool]) -> None:
+        """Refuse LoRAs among which a part is not taken, before any work is done.
+
+        Args:
+            active: For each LoRA whether it acts on anything.
+
+        Raises:
+            IncompatibleError: Says which part is not taken.
+        """
+        ...
+
+
+def routes(method: MergeMethod) -> bool:
+    """Whether a method tells LoRAs apart by the signals of their prompts, and not by parts given to them."""
+    return method.needs_calibration and not isinstance(method, RoleMethod)
+
+
 @dataclass(frozen=True)
 class CanonicalProblem:
     """One stack in the coordinates on which its ups really act.
@@ -90,6 +117,11 @@ class CanonicalProblem:
     ranks: tuple[int, ...]
     reduce: Tensor | None
     grams: Tensor | None
+
+    def basis(self, stack: LayerStack, dtype: torch.dtype) -> Tensor:
+        """(R'', in): the directions of these coordinates, orthonormal within each block."""
+        basis = stack.basis.to(self.ups.device, dtype)
+        return basis if self.reduce is None else self.reduce.T.to(dtype) @ basis
 
 
 def canonical_problem(stack: LayerStack, stats: GramStats | None, device: torch.device) -> CanonicalProblem:
@@ -120,8 +152,5 @@ def canonical_problem(stack: LayerStack, stats: GramStats | None, device: torch.
 def absorb(stack: LayerStack, problem: CanonicalProblem, router: Tensor, condition: float) -> MergedFactors:
     """Absorb a router into the ups: (reduced basis, ups @ router)."""
     dtype = problem.ups.dtype
-    down = stack.basis.to(problem.ups)
-    if problem.reduce is not None:
-        down = problem.reduce.T.to(dtype) @ down
     view = RouterView(router, problem.ups, problem.ranks, problem.grams)
-    return MergedFactors(down, problem.ups @ router.to(dtype), view, condition)
+    return MergedFactors(problem.basis(stack, dtype), problem.ups @ router.to(dtype), view, condition)

@@ -150,6 +150,23 @@ def least_squares_delta(factors: Sequence[tuple[Tensor, Tensor]], tokens: Sequen
     return up @ solution.T @ down
 
 
+def protected_directions(delta: Tensor, energy: float = 1.0, count: int = 0, x: Tensor | None = None) -> Tensor:
+    """(in, p): NP-LoRA's V for one protected delta; with inputs x (N, in) from what it does to them, all dense."""
+    left, sizes, right = torch.linalg.svd(delta if x is None else delta @ x.T, full_matrices=False)
+    shares = sizes.square().cumsum(0) / sizes.square().sum()
+    p = min(int((shares < energy - 1e-12).sum()) + 1, int((sizes > 1e-7 * sizes[0]).sum()), count or len(sizes))
+    if x is None:
+        return right[:p].T
+    best = left[:, :p] @ left[:, :p].T @ delta
+    return torch.linalg.svd(best, full_matrices=False).Vh[:p].T
+
+
+def np_lora_delta(others: Sequence[Tensor], protected: Sequence[Tensor], share: float, v: Tensor) -> Tensor:
+    """sum of the protected + sum of the others (I - c V V^T), with the d x d projector written out."""
+    projector = torch.eye(len(v), dtype=F64) - share * v @ v.T
+    return sum(protected) + sum(others) @ projector
+
+
 def output_error(delta: Tensor, deltas: Sequence[Tensor], tokens: Sequence[Tensor]) -> float:
     """sum_k mean over tokens |delta x - delta_k x|^2 / the same of delta_k x, as a root."""
     error = sum(float(((x @ (delta - own).T) ** 2).sum()) / len(x) for own, x in zip(deltas, tokens, strict=True))

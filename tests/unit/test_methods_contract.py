@@ -4,7 +4,17 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import LAYER, calibrated, conflicting_tasks, deltas_of, linear64, rel, task_tokens
+from helpers import (
+    LAYER,
+    calibrated,
+    conflicting_tasks,
+    deltas_of,
+    linear64,
+    np_lora_delta,
+    protected_directions,
+    rel,
+    task_tokens,
+)
 
 from ssr_core import METHODS, CalibrationError, SolveError, SSRMerge, Target, build_stacks, describe, merge
 from ssr_core.diagnostics import routing_error
@@ -89,8 +99,12 @@ def test_layers_are_answered_in_order_and_independently(method):
 def test_a_layer_without_statistics_keeps_its_loras(method):
     tasks, _ = problem()
     (factors,) = method.merge(build_stacks(tasks), [None], torch.device("cpu"))
-    share = 1 / 3 if method.name == "average" else 1.0
-    assert rel(factors.up @ factors.down, share * sum(deltas_of(tasks))) < 1e-12
+    *others, last = deltas_of(tasks)
+    expected = {
+        "average": sum(others, last) / 3,
+        "np_lora": np_lora_delta(others, [last], 1 / 3, protected_directions(last)),
+    }.get(method.name, sum(others, last))
+    assert rel(factors.up @ factors.down, expected) < 1e-12
 
 
 def test_strengths_reach_the_result(method):
