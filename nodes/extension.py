@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .lora_node import SSRLoRA
 from .merge_nodes import SSRCalibrate, SSRMergeNode, SSRSolve
+from .nplora_node import SSRNPLoRAMerge
 from .storage_nodes import SSRLoadCalibration, SSRSaveCalibration, SSRSaveLoRA
 
 
@@ -14,4 +15,13 @@ class SSRMergeExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes of the pack."""
-        return [SSRLoRA, SSRMergeNode, SSRCalibrate, SSRSolve, SSRSaveCalibration, SSRLoadCalibration, SSRSaveLoRA]
+        return [
+            SSRLoRA,
+            SSRMergeNode,
+            SSRCalibrate,
+            SSRSolve,
+            SSRNPLoRAMerge,
+            SSRSaveCalibration,
+            SSRLoadCalibration,
+            SSRSaveLoRA,
+        ]

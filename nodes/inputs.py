@@ -1,4 +1,4 @@
-"""Inputs that several nodes share, as a person sees them."""
+"""Inputs and outputs that several nodes share, as a person sees them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ PADDING: tuple[PaddingMode, ...] = ("balance", "include", "exclude")
 UNSUPPORTED = ("refuse", "pass_through")
 UNSEEN = ("anchor", "refuse")
 _DEFAULTS = SSRMerge()
+MODEL_TIP = "The base model that the LoRAs were trained for. LoRAs already on it stay active and are not merged."
 
 
 def lora_sockets(minimum: int) -> io.Autogrow.Input:
@@ -114,7 +115,8 @@ def solve_inputs() -> list[io.Input]:
             default=SSRMerge.name,
             advanced=True,
             tooltip="ssr (recommended) routes each signal to its LoRA; paper is the published formula to the letter; "
-            "gains scales each LoRA; sum is what chained loaders do; average divides by their number.",
+            "gains scales each LoRA; sum is what chained loaders do; average divides by their number; np_lora keeps the "
+            "others out of the last LoRA's directions (NP-LoRA Merge has its settings).",
         ),
         io.Float.Input(
             "ridge",
@@ -141,6 +143,13 @@ def solve_inputs() -> list[io.Input]:
             advanced=True,
             tooltip="ssr: give every LoRA the same weight, however long its prompts are. Recommended.",
         ),
+        *result_inputs(),
+    ]
+
+
+def result_inputs() -> list[io.Input]:
+    """Advanced settings of what is made of a merge, whatever the method."""
+    return [
         io.Combo.Input(
             "dtype",
             options=list(DTYPES),
@@ -173,6 +182,19 @@ def solve_inputs() -> list[io.Input]:
             tooltip="How the MODEL gets the merged LoRA. weights patches the base weights; on fp8, INT8, GGUF and other "
             "quantised models that rounds most of it away. forward adds it to each layer's output instead: exact, "
             "slightly slower. auto: forward for quantised layers, weights for the others. CLIP always gets weights.",
+        ),
+    ]
+
+
+def merge_outputs() -> list[io.Output]:
+    """MODEL, CLIP and LORA_MODEL of a merge."""
+    return [
+        io.Model.Output(display_name="MODEL", tooltip="The model with the merged LoRA; goes straight into KSampler."),
+        io.Clip.Output(
+            display_name="CLIP", tooltip="The text encoder with the merged LoRA; encode your prompts with it."
+        ),
+        LORA_MODEL.Output(
+            display_name="LORA_MODEL", tooltip="The merged LoRA, for SSR Save LoRA or core's LoRA nodes."
         ),
     ]
 

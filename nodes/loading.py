@@ -39,6 +39,11 @@ class Loaded:
     tensors: tuple[Mapping[str, Tensor], ...] = field(repr=False)
 
 
+def acting(entries: LoRAEntries, clip: Any | None) -> LoRAEntries:
+    """The LoRAs whose strength is not 0 on all that is connected."""
+    return tuple(e for e in entries if e.strength_model != 0 or (clip is not None and e.strength_clip != 0))
+
+
 def load(
     entries: LoRAEntries,
     model: Any,
@@ -60,7 +65,7 @@ def load(
         FileError: A file is damaged or refused.
     """
     key_map = host.key_map(model, clip)
-    used = [e for e in entries if e.strength_model != 0 or (clip is not None and e.strength_clip != 0)]
+    used = acting(entries, clip)
     if not used:
         raise IncompatibleError(
             "no LoRA is enabled.", remedy="connect at least one SSR LoRA that is enabled, with a strength other than 0."
@@ -96,7 +101,7 @@ def load(
             tick=progress.step,
         )
         tasks.append(Task(converted, strengths["model"], strengths["clip"], entry.identity))
-    return Loaded(tuple(used), tuple(tasks), key_map, tuple(tensors))
+    return Loaded(used, tuple(tasks), key_map, tuple(tensors))
 
 
 def _check_vectors(

@@ -11,40 +11,28 @@ from . import host, passes, pipeline
 from .entries import LoRAEntries, flatten, parse_strengths
 from .inputs import (
     CATEGORY,
-    LORA_MODEL,
+    MODEL_TIP,
     SSR_CALIBRATION,
     calibration_inputs,
     lora_sockets,
+    merge_outputs,
     optional_calibration_inputs,
     solve_inputs,
 )
 from .loading import load
-from .options import calibration_options, solve_options
+from .options import calibration_options, solve_method, solve_options
 
-_MODEL_TIP = "The base model that the LoRAs were trained for. LoRAs already on it stay active and are not merged."
 _CLIP_TIP = "Encodes the prompts; its LoRA layers are merged too. Not needed if every SSR LoRA has a CONDITIONING."
 _ALIASES = ["merge lora", "lora merge", "combine characters", "combine loras", "two characters", "identity bleed"]
 
 
 def _calibration_sockets() -> list[io.Input]:
     return [
-        io.Model.Input("model", tooltip=_MODEL_TIP),
+        io.Model.Input("model", tooltip=MODEL_TIP),
         io.Clip.Input("clip", optional=True, tooltip=_CLIP_TIP),
         lora_sockets(minimum=1),
         *calibration_inputs(),
         *optional_calibration_inputs(),
-    ]
-
-
-def _merge_outputs() -> list[io.Output]:
-    return [
-        io.Model.Output(display_name="MODEL", tooltip="The model with the merged LoRA; goes straight into KSampler."),
-        io.Clip.Output(
-            display_name="CLIP", tooltip="The text encoder with the merged LoRA; encode your prompts with it."
-        ),
-        LORA_MODEL.Output(
-            display_name="LORA_MODEL", tooltip="The merged LoRA, for SSR Save LoRA or core's LoRA nodes."
-        ),
     ]
 
 
@@ -66,7 +54,7 @@ class SSRMergeNode(io.ComfyNode):
                 *solve_inputs(),
             ],
             outputs=[
-                *_merge_outputs(),
+                *merge_outputs(),
                 SSR_CALIBRATION.Output(display_name="CALIBRATION", tooltip="For SSR Solve and SSR Save Calibration."),
                 io.String.Output(display_name="report", tooltip="What was merged, how well, and what to do next."),
             ],
@@ -77,7 +65,7 @@ class SSRMergeNode(io.ComfyNode):
         """Calibrate, solve, apply."""
         progress = host.Progress(model)
         loaded = load(flatten(loras), model, clip, progress)
-        options = solve_options(values)
+        options = solve_options(values, solve_method(values))
         check_unsupported(loaded.tasks, options.unsupported)
         calibration = passes.calibrate(loaded, model, clip, calibration_options(values), progress)
         merged = pipeline.solve(loaded, model, clip, calibration, options, progress)
@@ -131,7 +119,7 @@ class SSRSolve(io.ComfyNode):
             "only this node works.",
             search_aliases=[*_ALIASES, "lora strength", "router"],
             inputs=[
-                io.Model.Input("model", tooltip=_MODEL_TIP),
+                io.Model.Input("model", tooltip=MODEL_TIP),
                 SSR_CALIBRATION.Input("calibration", tooltip="From SSR Calibrate, SSR Merge or SSR Load Calibration."),
                 io.Clip.Input("clip", optional=True, tooltip="The text encoder that was calibrated, if any."),
                 io.String.Input(
@@ -145,7 +133,7 @@ class SSRSolve(io.ComfyNode):
                 *solve_inputs(),
             ],
             outputs=[
-                *_merge_outputs(),
+                *merge_outputs(),
                 io.String.Output(display_name="report", tooltip="What was merged, how well, and what to do next."),
             ],
         )
@@ -164,6 +152,7 @@ class SSRSolve(io.ComfyNode):
         entries = parse_strengths(strengths, pipeline.entries_of(calibration, flatten(loras)))
         progress = host.Progress(model)
         loaded = load(entries, model, clip, progress, calibration.known(model))
-        merged = pipeline.solve(loaded, model, clip, calibration.calibration, solve_options(values), progress)
+        options = solve_options(values, solve_method(values))
+        merged = pipeline.solve(loaded, model, clip, calibration.calibration, options, progress)
         text = merged.report.to_markdown()
         return io.NodeOutput(merged.model, merged.clip, merged.lora, text, ui=ui.PreviewText(text))

@@ -72,20 +72,11 @@ class CalibrationOptions:
 class SolveOptions:
     """How to solve and what to make of the answer."""
 
-    mode: str
-    ridge: float
-    anchor: Anchor
-    balance: bool
+    method: MergeMethod
     dtype: str
     unsupported: Literal["refuse", "pass_through"]
     unseen_layers: Literal["anchor", "refuse"]
     apply: Apply
-
-    def method(self) -> MergeMethod:
-        """The method with its parameters; all but ssr have none that a node sets."""
-        if self.mode == SSRMerge.name:
-            return SSRMerge(self.ridge, self.anchor, self.balance)
-        return METHODS[self.mode]()
 
     def torch_dtype(self) -> torch.dtype | None:
         """Dtype of the merged factors; None for that of the inputs."""
@@ -108,13 +99,17 @@ def calibration_options(values: Mapping[str, Any]) -> CalibrationOptions:
     )
 
 
-def solve_options(values: Mapping[str, Any]) -> SolveOptions:
-    """Take the solve settings out of a node's inputs."""
+def solve_method(values: Mapping[str, Any]) -> MergeMethod:
+    """The method of a `mode` input; all but ssr keep the defaults of their parameters there."""
+    if values["mode"] == SSRMerge.name:
+        return SSRMerge(values["ridge"], cast(Anchor, values["anchor"]), values["balance"])
+    return METHODS[values["mode"]]()
+
+
+def solve_options(values: Mapping[str, Any], method: MergeMethod) -> SolveOptions:
+    """Take what is to be made of a method's answer out of a node's inputs."""
     return SolveOptions(
-        mode=values["mode"],
-        ridge=values["ridge"],
-        anchor=values["anchor"],
-        balance=values["balance"],
+        method=method,
         dtype=values["dtype"],
         unsupported=values["unsupported"],
         unseen_layers=values["unseen_layers"],

@@ -13,9 +13,9 @@ from ..ssr_core import (
     Adapter,
     Calibration,
     KeyTarget,
-    MergeMethod,
     MergeReport,
     MergeResult,
+    PaperMerge,
     Target,
     merge,
     merge_metadata,
@@ -84,11 +84,10 @@ def solve(
     progress: host.Progress,
 ) -> Merged:
     """Solve, and put the result onto clones of MODEL and CLIP."""
-    method: MergeMethod = options.method()
     begin = progress.reached
     result = merge(
         loaded.tasks,
-        method,
+        options.method,
         calibration,
         dtype=options.torch_dtype(),
         device=host.compute_device(model),
@@ -114,7 +113,7 @@ def solve(
     new_clip = patches.apply(clip, "clip", result) if clip is not None else None
     extra = {"dtype": options.dtype, "calibrated_on_this_model": same_model}
     origin = MergeOrigin(
-        result, loaded.key_map, {**unet, **text}, merge_metadata(loaded.tasks, method, calibration, extra)
+        result, loaded.key_map, {**unet, **text}, merge_metadata(loaded.tasks, options.method, calibration, extra)
     )
     return Merged(new_model, new_clip, MergedLoRA(to_tensors(result, loaded.key_map), origin), report)
 
@@ -150,7 +149,7 @@ def _with_remarks(
     if not same_model:
         warnings.append(OTHER_MODEL)
     weighted = calibration is not None and calibration.settings.get("padding") != "include"
-    if options.mode == "paper" and weighted:
+    if isinstance(options.method, PaperMerge) and weighted:
         notes.append("Padded text tokens were weighted; for the published formula calibrate with padding include.")
     return replace(report, warnings=tuple(warnings), notes=tuple(notes))
 

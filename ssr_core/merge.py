@@ -84,8 +84,10 @@ def merge(
     """
     if not any(task.strength_model or task.strength_clip for task in tasks):
         raise IncompatibleError("no LoRA is enabled.", remedy="enable at least one LoRA with a strength other than 0.")
+    roles: list[str] = []
     if isinstance(method, RoleMethod):
         method.check_roles([task.active for task in tasks])
+        roles.append(method.describe_roles([task.name for task in tasks]))
     check_unsupported(tasks, unsupported)
     stacks = build_stacks(tasks, like=calibration.stack_tasks if calibration is not None else ())
     shared = [stack for stack in stacks if len(stack.blocks) > 1]
@@ -120,7 +122,7 @@ def merge(
         tuple(reports),
         tuple(account(i, task, reports, unsupported == "pass_through") for i, task in enumerate(tasks)),
         tuple(warnings_for(tasks, reports, apart, routes(method))),
-        tuple(notes_for(tasks, calibration)),
+        (*roles, *notes_for(tasks, calibration)),
     )
     return MergeResult(*_one_change_each(layers, _sum_vectors(tasks, out_dtype)), report)
 

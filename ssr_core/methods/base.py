@@ -95,6 +95,10 @@ class RoleMethod(Protocol):
         """
         ...
 
+    def describe_roles(self, names: Sequence[str]) -> str:
+        """Which of the LoRAs plays which part, in one sentence for the report."""
+        ...
+
 
 def routes(method: MergeMethod) -> bool:
     """Whether a method tells LoRAs apart by the signals of their prompts, and not by parts given to them."""

@@ -97,6 +97,12 @@ class NPLoRAMerge:
         if not any(on for index, on in enumerate(active) if index not in roles):
             raise _refused("every LoRA that acts is protected.", "leave one unprotected, or merge by sum.")
 
+    def describe_roles(self, names: Sequence[str]) -> str:
+        """Which LoRAs are protected from which."""
+        roles = self._roles(len(names))
+        others = ", ".join(name for index, name in enumerate(names) if index not in roles)
+        return f"Protected: {', '.join(names[index] for index in sorted(roles))}. Kept out of its directions: {others}."
+
     def merge(
         self, stacks: Sequence[LayerStack], stats: Sequence[GramStats | None], device: torch.device
     ) -> list[MergedFactors]:

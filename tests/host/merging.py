@@ -113,6 +113,19 @@ class MergeGraph(Graph):
         }
         return self.pack("SSRLoRA", values | options)
 
+    def np_lora(self, family: str, contents: Sequence[Task], style: Task, **options: Any) -> Node:
+        """NP-LoRA Merge of a chain of content LoRAs and a style; no prompts."""
+        chain: dict[str, Any] = {}
+        for task in contents:
+            chain = {"previous": self.bare_lora(task, **chain)}
+        options.setdefault("model", self.checkpoint(family))
+        return self.pack("SSRNPLoRAMerge", {"content": chain["previous"], "style": self.bare_lora(style)} | options)
+
+    def bare_lora(self, task: Task, **options: Any) -> Node:
+        """SSR LoRA with a file and strengths, nothing to calibrate by."""
+        strengths = {"strength_model": task.strength, "strength_clip": task.strength}
+        return self.pack("SSRLoRA", {"lora": task.file.name} | strengths | options)
+
     def merge(self, family: str, tasks: Sequence[Task], kind: str = "SSRMerge", **options: Any) -> Node:
         """UNETLoader and one SSR LoRA a task into SSR Merge or SSR Calibrate."""
         loras = [self.lora(family, task) for task in tasks]
@@ -128,3 +141,20 @@ class MergeGraph(Graph):
     def save(self, merged: Node, prefix: str, style: str = "comfy") -> Node:
         """SSR Save LoRA behind SSR Merge's third output."""
         return self.pack("SSRSaveLoRA", lora=merged.out(2), filename_prefix=f"loras/{prefix}", key_style=style)
+
+
+def record(server: Server, family: str, task: Task, steps: int, prefix: str) -> None:
+    """Sample with one LoRA alone, by core nodes, and keep what every layer saw."""
+    graph = MergeGraph(server)
+    model = graph.core_lora(graph.checkpoint(family), task.file.name, task.strength)
+    watched = graph.add("RecordInputs", model=model, prefix=prefix)
+    sampled = graph.add(
+        "SamplerCustomAdvanced",
+        noise=graph.add("RandomNoise", noise_seed=SEED),
+        guider=graph.add("BasicGuider", model=watched, conditioning=graph.conditioning(family, task.text_seed)),
+        sampler=graph.add("KSamplerSelect", sampler_name="euler"),
+        sigmas=graph.first_sigmas(model, steps),
+        latent_image=graph.latent(family),
+    )
+    graph.add("SaveLatent", samples=sampled, filename_prefix=f"host/{prefix}")
+    server.run(graph.prompt).ok()

@@ -99,7 +99,7 @@ def measure(server: Server, base: Path, case: str, kind: str | None, apply: str,
     after.add("ReplayLayers", model=again, prefix=prefix)
     left = facts(server.run(after.prompt).ok(), dump)
     deltas = saved_deltas(base, family, result, saved)
-    errors, changed = _compare(base / "output" / "probes", prefix, deltas)
+    errors, changed = compare_layers(base / "output" / "probes", prefix, deltas)
     latent = latent_of(base, result, sample)
     return Measured(errors, changed, deltas, result.text(text), latent, left["hooks"], left["base_hash"])
 
@@ -123,7 +123,8 @@ def latent_of(base: Path, result: Result, node: object) -> Tensor:
     return load_file(base / "output" / entry["subfolder"] / entry["filename"])["latent_tensor"].double()
 
 
-def _compare(folder: Path, prefix: str, deltas: Mapping[str, Tensor]) -> tuple[dict[str, float], tuple[str, ...]]:
+def compare_layers(folder: Path, prefix: str, deltas: Mapping[str, Tensor]) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Relative error of each layer's added output against `delta x`, and layers changed that have no delta."""
     errors, changed = {}, []
     with (
         safe_open(folder / f"{prefix}.safetensors", "pt") as seen,

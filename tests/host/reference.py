@@ -54,6 +54,27 @@ def routed(
     return weights @ router @ basis.T
 
 
+def null_projected(
+    contents: Sequence[Tensor], style: Tensor, share: float, count: int = 0, inputs: Tensor | None = None
+) -> Tensor:
+    """NP-LoRA from its definition: style + sum of contents (I - c V V^T), with the d x d projector written out.
+
+    Args:
+        contents: Deltas to project, (rows, in), float64.
+        style: The protected delta.
+        share: c.
+        count: Columns of V at most; 0 for all.
+        inputs: X, (N, in): V then spans the rows of the best copy of `style` on X of that rank.
+    """
+    if not bool(style.any()):
+        return sum(contents) + style
+    v = row_space(style)[:, : count or None]
+    if count and inputs is not None:
+        left = torch.linalg.svd(style @ inputs.T, full_matrices=False).U[:, :count]
+        v = row_space(left @ left.T @ style)[:, :count]
+    return style + sum(contents) @ (torch.eye(len(v), dtype=torch.float64) - share * v @ v.T)
+
+
 def row_space(delta: Tensor, tolerance: float = 1e-6) -> Tensor:
     """Orthonormal basis of a delta's row space, (in, r)."""
     _, values, right = torch.linalg.svd(delta, full_matrices=False)

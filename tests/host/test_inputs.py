@@ -61,7 +61,7 @@ def test_chain_and_sockets_give_the_same_router(server, base):
     assert_added(dumped(base, "router_last_socket_open"), before, deltas, tolerance=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["ssr", "paper", "gains", "sum", "average"])
+@pytest.mark.parametrize("mode", ["ssr", "paper", "gains", "sum", "average", "np_lora"])
 @pytest.mark.parametrize("case", ["flux-split-split", "wan21"])
 def test_every_mode_runs_on_its_own_empty_latent(server, base, mode, case):
     family, tasks = pair(base, case)

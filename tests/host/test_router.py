@@ -7,29 +7,12 @@ reference shares nothing with the pack.
 
 import pytest
 
-from .merging import OTHER_FAMILIES, PAIRS, SEED, MergeGraph, averaged, pair, row_groups, summed
+from .merging import OTHER_FAMILIES, PAIRS, MergeGraph, averaged, pair, record, row_groups, summed
 from .reference import Recording, routed
 from .weights import assert_added, base_weights, dumped, relative_error
 
 RIDGE = 1e-3
 STEPS = {"flux-fused-split": 3}
-
-
-def record(server, family, task, steps, prefix):
-    """Sample with one LoRA alone, by core nodes, and keep what every layer saw."""
-    graph = MergeGraph(server)
-    model = graph.core_lora(graph.checkpoint(family), task.file.name, task.strength)
-    watched = graph.add("RecordInputs", model=model, prefix=prefix)
-    sampled = graph.add(
-        "SamplerCustomAdvanced",
-        noise=graph.add("RandomNoise", noise_seed=SEED),
-        guider=graph.add("BasicGuider", model=watched, conditioning=graph.conditioning(family, task.text_seed)),
-        sampler=graph.add("KSamplerSelect", sampler_name="euler"),
-        sigmas=graph.first_sigmas(model, steps),
-        latent_image=graph.latent(family),
-    )
-    graph.add("SaveLatent", samples=sampled, filename_prefix=f"host/{prefix}")
-    server.run(graph.prompt).ok()
 
 
 def expected_deltas(base, tasks, prefix, **options):

@@ -230,6 +230,7 @@ def test_the_report_says_what_was_removed():
     assert f"energy removed: {expected:.3g} on average" in result.report.to_markdown()
     assert "1 merged without routing" in result.report.to_markdown()
     assert result.report.warnings == ()
+    assert result.report.notes == ("Protected: task1. Kept out of its directions: task0.",)
 
 
 @pytest.mark.parametrize(
