@@ -27,7 +27,7 @@ class SSRNPLoRAMerge(io.ComfyNode):
             node_id="SSRNPLoRAMerge",
             display_name="NP-LoRA Merge",
             category=CATEGORY,
-            description="Merges a subject with a style in a second, without sampling: the subject's LoRA is taken out of "
+            description="Merges a subject with a style without sampling: the subject's LoRA is taken out of "
             "the directions that the style reads, so that it cannot wash the style out (NP-LoRA, null-space projection).",
             search_aliases=[
                 "np-lora",
@@ -124,7 +124,7 @@ def _projection_inputs() -> list[io.Input]:
             step=0.05,
             round=0.0001,
             tooltip="How far the content is taken out of the style's directions: 0 is the plain sum, 0.5 (recommended to "
-            "start with) takes a third, 1 half. More favours the style. Costs nothing to change.",
+            "start with) takes a third, 1 half. More favours the style. A change runs this node again, without sampling.",
         ),
         io.Boolean.Input(
             "hard",

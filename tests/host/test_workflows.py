@@ -20,6 +20,7 @@ sys.path.append(str(PACK / "tests" / "web"))
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 SIZE = 128
+MADE_HERE = ("SSRMerge", "SSRCalibrate", "SSRSolve", "SSRNPLoRAMerge", "SSRLoRA")
 
 if not Path("/usr/bin/chromium").exists():
     pytest.skip("chromium is not installed: the example workflows were not opened", allow_module_level=True)
@@ -106,6 +107,7 @@ def test_there_are_workflows():
     assert {path.stem for path in WORKFLOWS} >= {
         "two_subjects",
         "subject_and_style",
+        "np_lora_subject_and_style",
         "calibrate_once",
         "save_and_reuse",
         "wan22_two_models",
@@ -123,7 +125,7 @@ def test_workflow_opens_without_a_warning(prompts, name):
 def test_settings_are_the_nodes_defaults(server, prompts, name):
     """The frontend keeps widget values by node id from one graph to the next: another graph's would slip in."""
     prompt, _, _ = prompts[name]
-    nodes = [n for n in prompt.values() if n["class_type"] in ("SSRMerge", "SSRCalibrate", "SSRSolve", "SSRLoRA")]
+    nodes = [n for n in prompt.values() if n["class_type"] in MADE_HERE]
     assert nodes
     for node in nodes:
         schema = server.schemas()[node["class_type"]]["input"]

@@ -47,6 +47,31 @@ GRAPHS = {
             "something else in that style: the difference is what the router learns.",
         ),
     ],
+    "np_lora_subject_and_style": [
+        *FLUX,
+        lora("one", 480, "subject_one.safetensors", "", "Subject"),
+        lora("two", 870, "style.safetensors", "", "Style"),
+        (
+            "merge",
+            "SSRNPLoRAMerge",
+            440,
+            150,
+            {},
+            {"model": "unet.0", "clip": "clips.0", "content": "one.0", "style": "two.0"},
+            None,
+        ),
+        ("report", "PreviewAny", 440, 900, {}, {"source": "merge.3"}, "Report"),
+        ("savelora", "SSRSaveLoRA", 900, 760, {"filename_prefix": "loras/dog_in_style"}, {"lora": "merge.2"}, None),
+        *sampling("a", "merge.0", "merge.1", "vae.0", 0, "sks dog in a meadow, in wtrclr style", flux=True),
+        note(
+            "note",
+            0,
+            -190,
+            "**A subject in a style, without calibration.** NP-LoRA Merge takes the subject out of the directions "
+            "that the style reads. Raise mu if the style is weak, lower it if the subject is; the prompts in SSR LoRA "
+            "are not used.",
+        ),
+    ],
     "calibrate_once": [
         *SDXL,
         ONE,
