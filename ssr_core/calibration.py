@@ -167,9 +167,7 @@ class Calibrator:
         tap = Tap(self.stacks, index, self.padding)
         yield tap
         for target, accumulator in tap.accumulators():
-            accumulator.gram = accumulator.gram.cpu()
-            accumulator.tokens = accumulator.tokens.cpu()
-            accumulator.nonfinite = accumulator.nonfinite.cpu()
+            accumulator.to_host()
             self._done[(target, index)] = accumulator
         if tap.paths and not tap.calls:
             raise CalibrationError(

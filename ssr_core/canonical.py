@@ -21,6 +21,13 @@ DEPENDENT_TOLERANCE = 1e-10
 """A row of `down` whose new part is below this share of the largest row depends on the rows before it."""
 
 
+WELL_CONDITIONED = 3e3
+"""Condition number up to which the factor of `down down^T` gives coordinates of files below float64.
+
+They lose eps * condition^2 = 2e-9 of their orthogonality, a thirtieth of what rounding to float32 costs.
+"""
+
+
 class RowBasis(NamedTuple):
     """`down = mix @ basis`.
 
@@ -39,7 +46,11 @@ def row_basis(down: Tensor) -> RowBasis:
     Rows that depend on earlier ones get no coordinate of their own: QR would fill it with rounding
     noise, and statistics kept in it would mean nothing on another machine.
     """
+    narrow = down.dtype != torch.float64
     down = down.to(torch.float64)
+    quick = _cholesky_basis(down) if narrow else None
+    if quick is not None:
+        return quick
     largest = max(down.norm(dim=1).tolist())
     rows = torch.arange(down.shape[0])
     while True:
@@ -59,6 +70,25 @@ def row_basis(down: Tensor) -> RowBasis:
     sign = torch.where(r.diagonal() < 0, -1.0, 1.0).to(r)
     basis = (q * sign).T.contiguous()
     return RowBasis(basis, (r * sign[:, None]).T.contiguous() if len(rows) == down.shape[0] else down @ basis.T)
+
+
+def _cholesky_basis(down: Tensor) -> RowBasis | None:
+    """The same pair from the Cholesky factor of `down down^T`: matrix products, half the time of a QR.
+
+    Args:
+        down: (r, in), float64.
+
+    Returns:
+        None unless the rows are certainly well-conditioned: |L| |L^-1| in the Frobenius norm bounds
+        the condition number.
+    """
+    factor, info = torch.linalg.cholesky_ex(down @ down.T)
+    if int(info) != 0:
+        return None
+    inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
+    if not float(factor.norm() * inverse.norm()) <= WELL_CONDITIONED:  # NaN too
+        return None
+    return RowBasis(inverse @ down, factor)
 
 
 def effective_directions(up: Tensor) -> Tensor:

@@ -57,11 +57,15 @@ class GramStats:
 _CHUNK = 16384
 """Tokens added at once: a video layer's copies stay small."""
 
+_PANEL = 256
+"""Rows of a Gram added at once: what lies left of a panel's own square is the mirror of an earlier one."""
+
 
 class GramAccumulator:
     """Running sum of `z^T z` for one stack during one task's passes; stays on the device.
 
-    Nothing here waits for the device: counts are tensors too.
+    Nothing here waits for the device: counts are tensors too. Above `_PANEL` rows `gram` lacks what
+    lies below its panels' squares until `to_host` has mirrored it.
     """
 
     def __init__(self, rank: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -81,13 +85,24 @@ class GramAccumulator:
 
     def _add(self, z: Tensor, weight: Tensor | None) -> None:
         z = z.to(self.gram.dtype)
-        finite = torch.isfinite(z).all(dim=1)
-        self.nonfinite += (~finite).sum()
-        z = torch.where(finite[:, None], z, 0.0)
+        finite = torch.isfinite(z.abs().amax(dim=1))  # amax keeps NaN; isfinite of all z makes several temporaries
+        # Only on the CPU can one look without waiting, and then there is mostly nothing to mask.
+        if z.device.type != "cpu" or not bool(finite.all()):
+            self.nonfinite += (~finite).sum()
+            z = torch.where(finite[:, None], z, 0.0)
         if weight is None:
             self.tokens += finite.sum()
         else:
             weight = weight.to(z) * finite
             self.tokens += weight.sum()
             z = z * weight.sqrt()[:, None]
-        self.gram.addmm_(z.T, z)
+        for start in range(0, z.shape[1], _PANEL):
+            panel = slice(start, start + _PANEL)
+            self.gram[panel, start:].addmm_(z[:, panel].T, z[:, start:])
+
+    def to_host(self) -> None:
+        """Move everything to main memory and make the Gram whole; nothing is added afterwards."""
+        self.gram, self.tokens, self.nonfinite = self.gram.cpu(), self.tokens.cpu(), self.nonfinite.cpu()
+        for end in range(_PANEL, self.gram.shape[0], _PANEL):
+            panel = slice(end - _PANEL, end)
+            self.gram[end:, panel] = self.gram[panel, end:].T

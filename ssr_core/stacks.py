@@ -77,17 +77,21 @@ class Block:
     @property
     def down(self) -> Tensor:
         """(r, in)."""
-        return torch.cat([layer.down.to(self.dtype) for _, layer in self.parts])
+        downs = [layer.down.to(self.dtype) for _, layer in self.parts]
+        return downs[0] if len(downs) == 1 else torch.cat(downs)
 
     @property
     def up(self) -> Tensor:
         """(rows, r), with alpha / r and the strength folded in; zero outside a part's rows."""
         ups = []
         for start, layer in self.parts:
+            if layer.up.shape[0] == self.rows:
+                ups.append(layer.up.to(self.dtype) * (layer.scale * self.strength))
+                continue
             padded = torch.zeros(self.rows, layer.rank, dtype=self.dtype)
             padded[start : start + layer.up.shape[0]] = layer.up.to(self.dtype) * (layer.scale * self.strength)
             ups.append(padded)
-        return torch.cat(ups, dim=1)
+        return ups[0] if len(ups) == 1 else torch.cat(ups, dim=1)
 
     @cached_property
     def coordinates(self) -> RowBasis:

@@ -41,9 +41,9 @@ class _Slot:
         return len(self.stack.blocks) > 1
 
     @property
-    def basis(self) -> Tensor:
-        """Rows of the module's projection that belong to this slot."""
-        return self.stack.basis if self.recorded else self.block.coordinates.basis
+    def bases(self) -> list[Tensor]:
+        """Rows of the module's projection that belong to this slot, block by block."""
+        return [block.coordinates.basis for block in (self.stack.blocks if self.recorded else (self.block,))]
 
 
 @dataclass
@@ -85,7 +85,12 @@ class _ModuleTap:
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Put the factors where the layer computes; done once, before the pass where possible."""
         compute = compute_dtype(dtype)
-        self._basis = torch.cat([slot.basis.to(device, compute) for slot in self.slots])
+        parts = [basis for slot in self.slots for basis in slot.bases]
+        self._basis = torch.empty(sum(len(one) for one in parts), parts[0].shape[1], device=device, dtype=compute)
+        at = 0
+        for one in parts:  # cast, moved and stacked in one copy
+            self._basis[at : at + len(one)].copy_(one)
+            at += len(one)
         gram_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         for slot in self.slots:
             slot.up = slot.block.canonical_up.to(device, compute)

@@ -38,6 +38,19 @@ def test_basis_is_that_of_gram_schmidt_and_so_unique(rank):
     assert bool((mix.diagonal() > 0).all()) and torch.equal(mix, mix.tril())
 
 
+@pytest.mark.parametrize("condition", [1.0, 1e2, 1e3, 1e5, 1e8])
+def test_coordinates_of_a_float32_file_are_as_good_as_float64_ones_would_be(condition):
+    """Below float64 well-conditioned rows take another way; all of it stays far under float32's rounding."""
+    left, right = torch.linalg.qr(randn(1, 6, 6)).Q, torch.linalg.qr(randn(2, 40, 6)).Q
+    spread = torch.logspace(0, -1, 6, base=condition, dtype=F64)
+    down = ((left * spread) @ right.T).float()
+    basis, mix = row_basis(down)
+    assert rel(mix @ basis, down) < 1e-14
+    assert (basis @ basis.T - torch.eye(6, dtype=F64)).abs().max() < 1e-8
+    assert rel(basis, gram_schmidt(down.double())) < 1e-8
+    assert bool((mix.diagonal() > 0).all()) and torch.equal(mix, mix.tril())
+
+
 def test_triangular_changes_of_the_rows_keep_the_basis():
     down = randn(1, 4, 9)
     change = randn(2, 4, 4).tril(-1) + torch.diag(torch.tensor([0.1, 2.0, 30.0, 0.5], dtype=F64))

@@ -126,3 +126,19 @@ def test_weighted_accumulation_by_hand():
     accumulator.add(z[:1])
     assert torch.allclose(accumulator.gram, torch.tensor([[6.5, 2.5], [2.5, 8.5]], dtype=F64), atol=1e-15)
     assert float(accumulator.tokens) == 2.5
+
+
+@pytest.mark.parametrize("rank", [256, 257, 600])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_gram_of_several_panels_is_that_of_the_finite_tokens(rank, weighted):
+    z, weight = randn(rank, 40, rank), randn(1, 40).abs() if weighted else None
+    z[3, rank - 1], z[7, 0], z[9, 5] = float("nan"), float("inf"), -float("inf")
+    accumulator = GramAccumulator(rank, torch.device("cpu"), F64)
+    accumulator.add(z[:20], None if weight is None else weight[:20])
+    accumulator.add(z[20:], None if weight is None else weight[20:])
+    accumulator.to_host()
+    kept = [i for i in range(40) if i not in (3, 7, 9)]
+    scale = torch.ones(40, dtype=F64) if weight is None else weight
+    expected = torch.einsum("na,n,nb->ab", z[kept], scale[kept], z[kept])
+    assert rel(accumulator.gram, expected) < 1e-13
+    assert abs(float(accumulator.tokens) - float(scale[kept].sum())) < 1e-12 and int(accumulator.nonfinite) == 3
