@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .adapters import Adapter, LoRALayer
-from .canonical import RowBasis, row_basis
+from .canonical import row_basis
 from .errors import IncompatibleError
 from .targets import Part, Target
 
@@ -93,17 +93,6 @@ class Block:
             ups.append(padded)
         return ups[0] if len(ups) == 1 else torch.cat(ups, dim=1)
 
-    @cached_property
-    def coordinates(self) -> RowBasis:
-        """Orthonormal coordinates of this block's row space."""
-        basis, mix = row_basis(self.down)
-        return RowBasis(basis.to(self.dtype), mix)
-
-    @property
-    def canonical_up(self) -> Tensor:
-        """`up` for the coordinates of `coordinates.basis`: (rows, r')."""
-        return self.up @ self.coordinates.mix.to(self.dtype)
-
 
 @dataclass(frozen=True)
 class LayerStack:
@@ -135,10 +124,30 @@ class LayerStack:
         """R, the sum of the ranks."""
         return sum(block.rank for block in self.blocks)
 
+    @cached_property
+    def _coordinates(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Stacked once and for all: hooks on the CPU then read the very tensor that the solve reads."""
+        bases, mixes = [], []
+        for block in self.blocks:
+            basis, mix = row_basis(block.down)
+            bases.append(basis.to(block.dtype))
+            mixes.append(mix)
+        return bases[0] if len(bases) == 1 else torch.cat(bases), tuple(mixes)
+
     @property
     def basis(self) -> Tensor:
         """(R', in): the blocks' orthonormal coordinates, stacked. Rows of different blocks may overlap."""
-        return torch.cat([block.coordinates.basis for block in self.blocks])
+        return self._coordinates[0]
+
+    @property
+    def mixes(self) -> tuple[Tensor, ...]:
+        """For each block `mix` (r, r'), float64, of `down = mix @ basis`."""
+        return self._coordinates[1]
+
+    def canonical_up(self, position: int) -> Tensor:
+        """`up` of one block for its rows of `basis`: (rows, r')."""
+        block = self.blocks[position]
+        return block.up @ self.mixes[position].to(block.dtype)
 
     @property
     def signature(self) -> Tensor:
@@ -150,7 +159,7 @@ class LayerStack:
     @property
     def basis_ranks(self) -> tuple[int, ...]:
         """Rows of `basis` that belong to each block."""
-        return tuple(block.coordinates.basis.shape[0] for block in self.blocks)
+        return tuple(mix.shape[1] for mix in self.mixes)
 
     @property
     def rank_bounds(self) -> tuple[int, ...]:

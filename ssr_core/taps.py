@@ -20,7 +20,7 @@ from .errors import CalibrationError
 from .gram import GramAccumulator
 from .padding import PaddingMode, RowWeights, TextRows
 from .projection import add, columns, compute_dtype, project
-from .stacks import Block, LayerStack
+from .stacks import LayerStack
 from .targets import Target
 
 
@@ -29,7 +29,7 @@ class _Slot:
     """One stack during one task: its columns in the module's z, and what to do with them."""
 
     stack: LayerStack
-    block: Block
+    position: int
     columns: slice
     active: slice
     accumulator: GramAccumulator | None = None
@@ -39,11 +39,6 @@ class _Slot:
     def recorded(self) -> bool:
         """Whether another LoRA shares the layer, so that statistics are needed."""
         return len(self.stack.blocks) > 1
-
-    @property
-    def bases(self) -> list[Tensor]:
-        """Rows of the module's projection that belong to this slot, block by block."""
-        return [block.coordinates.basis for block in (self.stack.blocks if self.recorded else (self.block,))]
 
 
 @dataclass
@@ -69,15 +64,12 @@ class _ModuleTap:
             if task not in stack.tasks:
                 continue
             position = stack.tasks.index(task)
-            block = stack.blocks[position]
-            recorded = len(stack.blocks) > 1
             ranks = stack.basis_ranks
-            size = sum(ranks) if recorded else ranks[position]
-            before = sum(ranks[:position]) if recorded else 0
+            size, before = sum(ranks), sum(ranks[:position])
             if size == 0:  # every down here is zero: nothing to see, nothing to add
                 continue
             active = slice(at + before, at + before + ranks[position])
-            self.slots.append(_Slot(stack, block, slice(at, at + size), active))
+            self.slots.append(_Slot(stack, position, slice(at, at + size), active))
             at += size
         self._basis: Tensor | None = None
         self._pending: list[Tensor] = []
@@ -85,15 +77,11 @@ class _ModuleTap:
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Put the factors where the layer computes; done once, before the pass where possible."""
         compute = compute_dtype(dtype)
-        parts = [basis for slot in self.slots for basis in slot.bases]
-        self._basis = torch.empty(sum(len(one) for one in parts), parts[0].shape[1], device=device, dtype=compute)
-        at = 0
-        for one in parts:  # cast, moved and stacked in one copy
-            self._basis[at : at + len(one)].copy_(one)
-            at += len(one)
+        bases = [slot.stack.basis.to(device, compute) for slot in self.slots]
+        self._basis = bases[0] if len(bases) == 1 else torch.cat(bases)
         gram_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         for slot in self.slots:
-            slot.up = slot.block.canonical_up.to(device, compute)
+            slot.up = slot.stack.canonical_up(slot.position).to(device, compute)
             if slot.accumulator is not None and slot.accumulator.gram.device != device:
                 raise CalibrationError("the layer moved to another device during its pass.", layer=self.path)
             if slot.recorded and slot.accumulator is None:

@@ -131,8 +131,8 @@ class CanonicalProblem:
 def canonical_problem(stack: LayerStack, stats: GramStats | None, device: torch.device) -> CanonicalProblem:
     """Express a stack and its statistics in canonical coordinates."""
     ups, reduces = [], []
-    for block in stack.blocks:
-        up = block.canonical_up.to(device)
+    for position in range(len(stack.blocks)):
+        up = stack.canonical_up(position).to(device)
         if not bool(torch.isfinite(up).all()):
             raise SolveError(
                 "a LoRA's values are not finite at this strength.",

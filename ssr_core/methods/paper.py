@@ -40,7 +40,7 @@ class PaperMerge:
     def _one(self, stack: LayerStack, stats: GramStats | None, device: torch.device) -> MergedFactors:
         down = torch.cat([block.down for block in stack.blocks]).to(device, torch.float64)
         up = torch.cat([block.up for block in stack.blocks], dim=1).to(device, torch.float64)
-        mix = torch.block_diag(*(block.coordinates.mix for block in stack.blocks)).to(device)
+        mix = torch.block_diag(*stack.mixes).to(device)
         ranks = [block.rank for block in stack.blocks]
         if stats is None or not stats.complete:
             return MergedFactors(down, up)
