@@ -1,0 +1,1 @@
+"""Speed and memory of the engine, as ratios within one run: `make bench-speed`."""

@@ -1,0 +1,233 @@
+"""The page that the measurements become."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .grid import LEFT_OUT, PAPER_SECONDS
+from .machine import sentence
+
+Row = dict[str, Any]
+
+INTRO = """# Speed and memory
+
+A transformer of a DiT's shape with random weights (joint attention, separate q, k, v, proj, MLP of 4 d) and LoRAs with
+random factors on every linear layer, through the engine's own calibrate and merge. All ratios are taken within
+one repetition, with the runs by turns; tables give the median and, in brackets, the least and the greatest. d is the
+width, N the tokens (an eighth of them text), K the number of LoRAs, r their rank, R = K r."""
+
+CALIBRATION = """## Calibration against bare forward passes
+
+K calibration passes over K passes of the model alone. *Predicted* is what the added operations would cost if each took
+as long as one of the forward pass: for a layer of i inputs and o outputs, 2 N i R to project, 2 N R^2 for the Gram,
+2 N r o for the active LoRA, and 4 i r^2 + 2 o r^2 for its coordinates, over 2 N i o and attention's 4 N^2 d.
+*Factor* is measured over predicted overhead. *Plain LoRA* is the same K passes with each LoRA in a hook and nothing
+recorded, over the bare passes."""
+
+PUBLISHED = """## Against the published algorithm
+
+Followed literally from its description: a clone of all weights copied back for each LoRA (once a task; the authors'
+code does it twice), dense deltas added, Grams copied to the host in every hook call and summed there in float64, a
+general solver layer by layer. *Overhead* is the whole merge less K bare passes. *Routers* is the largest relative
+difference between its routers and those of the engine's mode `paper` and calibration: both do the same."""
+
+MEMORY = """## Memory
+
+Peak of everything that PyTorch allocates, above the peak of a bare pass, in MiB. *R^2 terms* are the Grams;
+*predicted* adds the coordinates, the active ups and z of the layer with the most tokens."""
+
+SOLVE = """## Solve and absorb
+
+Square layers, statistics of 4 R random tokens a LoRA. *Engine* prepares the canonical problem, solves by Cholesky in
+batches, absorbs the router and estimates the condition; *sequential* is the published ridge, solved by
+`torch.linalg.solve` one layer at a time, and absorbed. *Solver alone* compares the two solvers on the same matrices."""
+
+STORAGE = """## Files
+
+The engine's saving and loading over a plain write and read of as many bytes, without fsync, from the page cache.
+Saving copies triangles of Grams or merges' tensors, loading checks every value."""
+
+
+def page(found: dict[str, Any], stem: str) -> str:
+    """Markdown."""
+    parts = [INTRO, sentence(found["machine"]), f"The run took {found['minutes']} minutes. `{_command(found)}`"]
+    if found["toy"]:
+        parts.append("**Toy sizes: this only shows that the code runs.**")
+    elif "gpu" not in found["machine"]:
+        parts.append(LEFT_OUT)
+    parts += [CALIBRATION, _calibration(found["calibration_over_forward"]), f"![calibration]({stem}_calibration.png)"]
+    parts += ["A video's tokens, attention within frames:", _calibration(found["video"])]
+    parts += [PUBLISHED, _published(found["merge_time_over_published"]), f"![published]({stem}_published.png)"]
+    parts += [MEMORY, _memory(found["calibration_memory"]), *_video(found["video_memory"])]
+    parts += ["Peak of a whole merge above a bare pass:", _whole_memory(found["merge_memory_over_published"])]
+    parts += [SOLVE, _solve(found["solve_over_sequential"]), *_exponents(found), f"![solve]({stem}_solve.png)"]
+    parts += ["## Solving again", "A merge at another strength from the same calibration, over a whole merge."]
+    parts += [_resolve(found["resolve_over_merge"]), STORAGE, _storage(found["storage"]), *_gpu(found)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _command(found: dict[str, Any]) -> str:
+    return "python -m benchmarks.speed --device cuda" if "gpu" in found["machine"] else "make bench-speed"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)])
+
+
+def _cell(row: Row) -> list[object]:
+    return [row["d"], row["tokens"], row["K"], row["r"]]
+
+
+def _spread(row: Row) -> str:
+    return f"{row['median']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:.1f}" if size >= 2**20 else f"{size / 2**20:.2f}"
+
+
+def _calibration(rows: Sequence[Row]) -> str:
+    return _table(
+        ["d", "N", "K", "r", "calibration / bare", "predicted", "factor", "plain LoRA", "bare, s"],
+        [
+            [
+                *_cell(row),
+                _spread(row),
+                f"{row['predicted']:.3f}",
+                f"{row['overhead_over_predicted']:.2f}",
+                f"{row['plain_lora_over_forward']:.3f}",
+                f"{row['bare_seconds']:.3g}",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _published(rows: Sequence[Row]) -> str:
+    return _table(
+        ["d", "N", "K", "r", "overhead / published", "overhead, s", "published, s", "whole / whole", "routers"],
+        [
+            [
+                *_cell(row),
+                _spread(row),
+                f"{row['overhead_seconds']:.3g}",
+                f"{row['published_overhead_seconds']:.3g}",
+                f"{row['whole_over_whole']:.3f}",
+                f"{row['router_difference']:.0e}",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _memory(rows: Sequence[Row]) -> str:
+    return _table(
+        ["d", "N", "K", "r", "calibration", "predicted", "R^2 terms", "factor", "bare pass"],
+        [
+            [
+                *_cell(row),
+                _mib(row["median"]),
+                _mib(row["predicted"]),
+                _mib(row["grams"]),
+                f"{row['over_predicted']:.2f}",
+                _mib(row["bare"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _video(rows: Sequence[Row]) -> list[str]:
+    kept = [
+        f"The video case: {row['tokens']} tokens in {row['frames']} frames, budget {_mib(row['budget'])} MiB, "
+        f"{'kept' if row['median'] <= row['budget'] else 'EXCEEDED'}."
+        for row in rows
+    ]
+    return [*kept, _memory(rows)]
+
+
+def _whole_memory(rows: Sequence[Row]) -> str:
+    return _table(
+        ["d", "N", "K", "r", "engine / published", "engine, MiB", "published, MiB", "solve alone, MiB"],
+        [
+            [
+                *_cell(row),
+                f"{row['median']:.3f}",
+                *(_mib(row[key]) for key in ("bytes", "published_bytes", "solve_bytes")),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _solve(rows: Sequence[Row]) -> str:
+    return _table(
+        ["d", "K", "r", "engine, layers/s", "sequential, layers/s", "time / sequential", "solver alone"],
+        [
+            [
+                row["d"],
+                row["K"],
+                row["r"],
+                f"{row['engine_layers_per_second']:.4g}",
+                f"{row['sequential_layers_per_second']:.4g}",
+                _spread(row),
+                f"{row['solver_alone']:.2f}",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _exponents(found: dict[str, Any]) -> list[str]:
+    words = {"batched": "batched Cholesky alone", "general": "general solver alone"}
+    return [
+        "Exponent of R in the time of a layer, fitted over all K and r: "
+        + ", ".join(
+            f"{words.get(row['of'], row['of'])} {row['exponent_of_R']} (d = {row['d']})"
+            for row in found["solve_exponents"]
+        )
+        + "."
+    ]
+
+
+def _resolve(rows: Sequence[Row]) -> str:
+    return _table(
+        ["d", "N", "K", "r", "again / whole merge", "again, s", "whole, s"],
+        [[*_cell(r), _spread(r), f"{r['resolve_seconds']:.3g}", f"{r['merge_seconds']:.3g}"] for r in rows],
+    )
+
+
+def _storage(rows: Sequence[Row]) -> str:
+    return _table(
+        ["file", "K", "r", "MiB", "save / write", "load / read", "save, s", "load, s"],
+        [
+            [
+                row["what"],
+                row["K"],
+                row["r"],
+                _mib(row["bytes"]),
+                f"{row['save_over_write']:.2f}",
+                f"{row['load_over_read']:.2f}",
+                f"{row['save_seconds']:.3g}",
+                f"{row['load_seconds']:.3g}",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _gpu(found: dict[str, Any]) -> list[str]:
+    if "gpu" not in found["machine"]:
+        return [
+            "## On a GPU",
+            "Not run on one. `python -m benchmarks.speed --device cuda` takes FLUX.1's dimensions (19 double and 38 "
+            "single blocks, d = 3072, bfloat16, random weights), K = 3, 5, 7, 9 at rank 32, and writes speed_cuda.md.",
+        ]
+    rows = [
+        [row["K"], f"{row['merge_seconds']:.1f}", PAPER_SECONDS[row["K"]]]
+        for row in found["resolve_over_merge"]
+        if row["K"] in PAPER_SECONDS
+    ]
+    return ["## Beside the paper's times (A100)", _table(["K", "whole merge here, s", "paper, s"], rows)]
