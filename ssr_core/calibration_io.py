@@ -31,8 +31,9 @@ def save_calibration(calibration: Calibration, path: Path, overwrite: bool = Fal
     tensors: dict[str, Tensor] = {}
     stacks: list[dict[str, object]] = []
     for index, (target, stats) in enumerate(calibration.stats.items()):
-        rows, columns = torch.triu_indices(sum(stats.ranks), sum(stats.ranks))
-        tensors[f"{index}.gram"] = stats.gram[:, rows, columns]
+        size = sum(stats.ranks)
+        rows, columns = torch.triu_indices(size, size)
+        tensors[f"{index}.gram"] = stats.gram.flatten(1).index_select(1, rows * size + columns)
         tensors[f"{index}.tokens"] = stats.tokens
         tensors[f"{index}.nonfinite"] = stats.nonfinite
         if target in calibration.signatures:
@@ -92,8 +93,9 @@ def load_calibration(path: Path) -> Calibration:
         stats: dict[Target, GramStats] = {}
         stack_tasks: dict[Target, tuple[int, ...]] = {}
         signatures: dict[Target, Tensor] = {}
+        places: dict[int, Tensor] = {}
         for index, stack in enumerate(header["stacks"]):
-            target, members, one = _stack(index, stack, tensors, len(tasks))
+            target, members, one = _stack(index, stack, tensors, len(tasks), places)
             stats[target], stack_tasks[target] = one, members
             if f"{index}.signature" in tensors:
                 signatures[target] = tensors[f"{index}.signature"].double()
@@ -127,7 +129,7 @@ def _convert_options(stored: dict[str, Any] | None) -> ConvertOptions | None:
 
 
 def _stack(
-    index: int, stack: dict[str, Any], tensors: dict[str, Tensor], tasks: int
+    index: int, stack: dict[str, Any], tensors: dict[str, Tensor], tasks: int, places: dict[int, Tensor]
 ) -> tuple[Target, tuple[int, ...], GramStats]:
     rows = stack["out_slice"]
     part = stack["part"]
@@ -144,11 +146,18 @@ def _stack(
         raise ValueError(f"Grams of {target} have the shape {tuple(packed.shape)}")
     if not bool(torch.isfinite(packed).all()):
         raise ValueError(f"Grams of {target} are not finite")
-    upper = torch.triu_indices(size, size)
-    gram = packed.new_zeros(len(ranks), size, size)
-    gram[:, upper[0], upper[1]] = packed
-    gram[:, upper[1], upper[0]] = packed
+    if size not in places:  # most layers are of one rank
+        places[size] = _places(size)
+    gram = packed.index_select(1, places[size]).view(len(ranks), size, size)
     tokens, nonfinite = tensors[f"{index}.tokens"].double(), tensors[f"{index}.nonfinite"].long()
     if not bool(torch.isfinite(tokens).all()) or bool((tokens < 0).any()) or bool((nonfinite < 0).any()):
         raise ValueError(f"token counts of {target}")
     return target, members, GramStats(gram, tokens, nonfinite, ranks)
+
+
+def _places(size: int) -> Tensor:
+    """(size * size,): where each entry of a symmetric matrix stands in its packed upper triangle."""
+    rows, columns = torch.triu_indices(size, size)
+    places = torch.empty(size, size, dtype=torch.int64)
+    places[rows, columns] = places[columns, rows] = torch.arange(len(rows))
+    return places.flatten()

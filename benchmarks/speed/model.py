@@ -49,8 +49,9 @@ class Stream(nn.Module):
 
     def __init__(self, d: int) -> None:
         super().__init__()
-        for name, (inputs, outputs) in LINEARS.items():
-            self.add_module(name, nn.Linear(inputs * d, outputs * d))
+        self.q, self.k, self.v, self.proj, self.up, self.down = (
+            nn.Linear(inputs * d, outputs * d) for inputs, outputs in LINEARS.values()
+        )
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the normalised stream, (B, N, d) each."""
@@ -94,16 +95,18 @@ class SpeedModel(nn.Module):
         """(B, image, d) and (B, text, d) in, all tokens (B, N, d) out."""
         length = text.shape[1]
         for index, one in enumerate(self.image):
-            parts = [one.qkv(image)]
+            q, k, v = one.qkv(image)
             if length:
-                parts.insert(0, self.text[index].qkv(text))
-            mixed = attend(*(torch.cat(pair, dim=1) for pair in zip(*parts, strict=True)), self.shape.frames)
+                before = self.text[index].qkv(text)
+                q, k, v = (torch.cat(pair, dim=1) for pair in zip(before, (q, k, v), strict=True))
+            mixed = attend(q, k, v, self.shape.frames)
             if length:
                 text = self.text[index].rest(text, mixed[:, :length])
             image = one.rest(image, mixed[:, length:])
         x = torch.cat([text, image], dim=1)
         for one in self.both:
-            x = one.rest(x, attend(*one.qkv(x), self.shape.frames))
+            q, k, v = one.qkv(x)
+            x = one.rest(x, attend(q, k, v, self.shape.frames))
         return x
 
 

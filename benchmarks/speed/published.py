@@ -60,7 +60,7 @@ def published_merge(model: nn.Module, tasks: Sequence[Task], run: Callable[[int]
             model.load_state_dict(original)
             for target, layer in task.adapter.layers.items():
                 weight = model.get_parameter(target.module_path + ".weight")
-                weight += layer.scale * (layer.up.to(weight) @ layer.down.to(weight))
+                weight.add_(layer.scale * (layer.up.to(weight) @ layer.down.to(weight)))
             handles = [
                 model.get_submodule(path).register_forward_pre_hook(_hook(one, _rows(tasks, path, index)))
                 for path, one in sums.items()
