@@ -15,6 +15,7 @@ from .adapters import RESTS, ConvertOptions
 from .calibration import Calibration, TaskRecord
 from .errors import CalibrationError, FileError
 from .files import atomic_path, json_text, read_safetensors, write_safetensors
+from .finite import all_finite
 from .gram import GramStats
 from .targets import Target
 
@@ -144,7 +145,7 @@ def _stack(
         raise ValueError(f"layer {target}")
     if packed.shape != (len(ranks), size * (size + 1) // 2) or packed.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"Grams of {target} have the shape {tuple(packed.shape)}")
-    if not bool(torch.isfinite(packed).all()):
+    if not all_finite(packed):
         raise ValueError(f"Grams of {target} are not finite")
     if size not in places:  # most layers are of one rank
         places[size] = _places(size)

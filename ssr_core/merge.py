@@ -15,6 +15,7 @@ from .advice import Separabilities, note_separability, notes_for, warnings_for
 from .calibration import Calibration
 from .canonical import balance
 from .errors import CalibrationError, IncompatibleError, SolveError
+from .finite import all_finite
 from .gram import GramStats
 from .methods import MergedFactors, MergeMethod, RoleMethod, routes
 from .report import LayerReport, MergeReport
@@ -245,7 +246,7 @@ def _finish(stack: LayerStack, factors: MergedFactors, dtype: torch.dtype) -> Lo
 
 def _cast(tensor: Tensor, dtype: torch.dtype, layer: str) -> Tensor:
     tensor = tensor.to("cpu", dtype).contiguous()
-    if not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         raise SolveError(
             f"the merged values do not fit into {dtype}.",
             layer=layer,

@@ -12,6 +12,7 @@ from torch import Tensor
 from .adapters import DenseGroup, KeyRecord, KeyStatus, LoRALayer
 from .classify import bends, fate_of
 from .errors import IncompatibleError
+from .finite import all_finite
 from .intermediates import kronecker_size, largest_intermediate
 from .spelling import Spelled
 from .targets import KeyTarget, Target
@@ -124,7 +125,7 @@ class LayerReader:
             raise IncompatibleError(f"{key} has the type {tensor.dtype}.", file=self.name)
         if tensor.element_size() == 1:
             tensor = tensor.to(torch.float32)
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise IncompatibleError(
                 f"{key} holds NaN or infinite values.", file=self.name, remedy="export the LoRA again."
             )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..canonical import effective_directions
 from ..errors import SolveError
+from ..finite import all_finite
 from ..gram import GramStats
 from ..stacks import LayerStack
 
@@ -133,7 +134,7 @@ def canonical_problem(stack: LayerStack, stats: GramStats | None, device: torch.
     ups, reduces = [], []
     for position in range(len(stack.blocks)):
         up = stack.canonical_up(position).to(device)
-        if not bool(torch.isfinite(up).all()):
+        if not all_finite(up):
             raise SolveError(
                 "a LoRA's values are not finite at this strength.",
                 layer=str(stack.target),

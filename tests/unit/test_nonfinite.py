@@ -8,6 +8,7 @@ from helpers import LAYER, calibrated, conflicting_tasks, linear64, randn, rel, 
 from torch import nn
 
 from ssr_core import GramStats, SolveError, SSRMerge, build_stacks, merge
+from ssr_core.finite import all_finite
 
 IN, OUT = 10, 7
 TASKS = conflicting_tasks(2, OUT, IN, 3, seed=1)
@@ -83,3 +84,16 @@ def test_too_few_tokens_without_ridge_name_the_layer_and_the_knob():
     with pytest.raises(SolveError, match=r"ridge.*2 tokens for rank 6") as caught:
         merge(TASKS, SSRMerge(ridge=0.0), calibration)
     assert caught.value.layer == "layer" and "ridge" in caught.value.remedy
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_bad_value_anywhere_is_found(dtype, bad):
+    largest = torch.finfo(dtype).max
+    for place in (0, 17, 34):
+        values = torch.linspace(-1, 1, 35).to(dtype)
+        values[1], values[2] = largest, -largest
+        assert all_finite(values.view(5, 7)) and all_finite(values.view(5, 7).T)
+        values[place] = bad
+        assert not all_finite(values.view(5, 7)) and not all_finite(values.view(5, 7).T)
+    assert all_finite(torch.zeros(0, 4, dtype=dtype))
