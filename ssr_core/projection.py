@@ -9,6 +9,7 @@ for linear layers and convolutions alike. float16 activations are projected in f
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -113,3 +114,39 @@ def _convolve(module: nn.Module, x: Tensor, down: Tensor, kernel: Kernel, path: 
         padding = 0
     result: Tensor = _CONVOLUTIONS[len(kernel)](x, weight, stride=conv.stride, padding=padding, dilation=conv.dilation)
     return result
+
+
+def patches(module: nn.Module, x: Tensor, kernel: Kernel, path: str) -> Iterator[Tensor]:
+    """What each output position of a convolution reads, some positions at a time.
+
+    Args:
+        module: The convolution; it lends its stride, padding and dilation.
+        x: (B, in, *space), or without the batch dimension.
+        kernel: Of the layer.
+        path: Of the layer, for errors.
+
+    Yields:
+        (B, T, in * prod(kernel)) views or copies, in the order of `down`'s columns.
+
+    Raises:
+        IncompatibleError: A grouped convolution.
+    """
+    conv: Any = module
+    if getattr(conv, "groups", 1) != 1:
+        raise IncompatibleError("a grouped convolution cannot be routed.", layer=path)
+    x = x if x.ndim == len(kernel) + 2 else x[None]
+    padding = conv.padding
+    pads = (
+        list(conv._reversed_padding_repeated_twice)
+        if isinstance(padding, str)
+        else [p for p in reversed(padding) for _ in range(2)]
+    )
+    mode = getattr(conv, "padding_mode", "zeros")
+    x = functional.pad(x, pads, mode="constant" if mode == "zeros" else mode)
+    for axis, (size, stride, step) in enumerate(zip(kernel, conv.stride, conv.dilation, strict=True)):
+        x = x.unfold(2 + axis, step * (size - 1) + 1, stride)[..., ::step]
+    n = len(kernel)
+    x = x.permute(0, *range(2, 2 + n), 1, *range(2 + n, 2 + 2 * n))
+    positions = x.shape[0] * math.prod(x.shape[2 : 1 + n])
+    for part in x.split(max(1, _CHUNK // positions), dim=1):
+        yield part.reshape(x.shape[0], -1, math.prod(x.shape[1 + n :]))

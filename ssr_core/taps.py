@@ -42,8 +42,8 @@ class _Slot:
 
 
 @dataclass
-class _Shared:
-    """What all hook pairs of one tap look up.
+class PassState:
+    """What all hooks of one tap look up.
 
     They hold this instead of the tap: a cycle would keep every task's tensors on the device until
     the garbage collector happens to run.
@@ -53,10 +53,33 @@ class _Shared:
     weights: RowWeights
 
 
+def submodule(root: nn.Module, path: str) -> nn.Module:
+    """The layer at a path.
+
+    Raises:
+        CalibrationError: The model has none.
+    """
+    try:
+        return root.get_submodule(path)
+    except AttributeError as err:
+        raise CalibrationError("the model has no such layer.", layer=path) from err
+
+
+def input_of(args: tuple[Any, ...], path: str) -> Tensor:
+    """What a layer was called with.
+
+    Raises:
+        CalibrationError: No tensor.
+    """
+    if not args or not isinstance(args[0], Tensor):
+        raise CalibrationError("the model calls this layer without a tensor.", layer=path)
+    return args[0]
+
+
 class _ModuleTap:
     """The hook pair of one module for one task."""
 
-    def __init__(self, shared: _Shared, path: str, stacks: Sequence[LayerStack], task: int) -> None:
+    def __init__(self, shared: PassState, path: str, stacks: Sequence[LayerStack], task: int) -> None:
         self.shared, self.path, self.kernel = shared, path, stacks[0].kernel
         self.slots: list[_Slot] = []
         at = 0
@@ -89,9 +112,7 @@ class _ModuleTap:
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Pre-hook: project, accumulate, keep z for `after`."""
-        if not args or not isinstance(args[0], Tensor):
-            raise CalibrationError("the model calls this layer without a tensor.", layer=self.path)
-        x = args[0]
+        x = input_of(args, self.path)
         with torch.no_grad():
             if self._basis is None or self._basis.device != x.device or self._basis.dtype != compute_dtype(x.dtype):
                 self.prepare(x.device, x.dtype)
@@ -121,7 +142,7 @@ class Tap:
 
     def __init__(self, stacks: Sequence[LayerStack], task: int, padding: PaddingMode) -> None:
         self._padding = padding
-        self._shared = _Shared(Counter(), RowWeights(None, padding))
+        self._shared = PassState(Counter(), RowWeights(None, padding))
         by_module: dict[str, list[LayerStack]] = {}
         for stack in stacks:
             if task in stack.tasks:
@@ -156,10 +177,7 @@ class Tap:
         handles, modules = [], []
         try:
             for module_tap in self._modules:
-                try:
-                    module = root.get_submodule(module_tap.path)
-                except AttributeError as err:
-                    raise CalibrationError("the model has no such layer.", layer=module_tap.path) from err
+                module = submodule(root, module_tap.path)
                 handles.append(module.register_forward_pre_hook(module_tap.before))
                 handles.append(module.register_forward_hook(module_tap.after))
                 modules.append(module)

@@ -1,0 +1,138 @@
+"""OSRM after training: LoRAs that exist, changed so that they do less on the other tasks' inputs.
+
+    analytic   down_t from the others' inputs, up_t = dW_t pinv(down_t)          (the paper's post-OSRM)
+    project    down_t (I - s V V^T), V the top directions of the others' inputs
+    contrast   down_t (I - s C_o (C_t + s C_o + mu I)^-1), C_t and C_o the moments of own and others' inputs
+
+The first is blind to what the LoRA reads: it keeps only the part of dW_t that happens to lie in
+directions chosen without it. The second keeps the LoRA but for directions that the others use most,
+used by its own task or not. The third is the minimiser of the change of its own outputs plus s times
+the energy of its outputs on the others' inputs: it gives a direction up as far as the others use it
+more than the LoRA's own task. Ranks, ups and alphas stay as they are in the last two, and a LoRA
+whose down the others' inputs do not reach is unchanged by both.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .adapters import LoRALayer
+from .errors import IncompatibleError
+from .moments import InputMoments
+from .osrm import analytic_down, top_directions
+
+RefitMode = Literal["contrast", "project", "analytic"]
+REFIT_MODES: tuple[RefitMode, ...] = ("contrast", "project", "analytic")
+
+RIDGE = 1e-6
+"""mu of contrast, as a share of the mean eigenvalue: directions that nobody uses stay as they are."""
+
+
+@dataclass(frozen=True)
+class RefitOptions:
+    """How LoRAs are refit.
+
+    Attributes:
+        mode: See the module.
+        strength: project: share s of the others' top directions that is removed, 0 to 1; contrast: weight s
+            of the others' inputs against the own ones, 0 or more. 0 changes nothing. analytic ignores it.
+        energy: project and analytic: share of the energy of the others' inputs that counts as theirs.
+        seed: analytic: of the random bases.
+    """
+
+    mode: RefitMode = "contrast"
+    strength: float = 1.0
+    energy: float = 0.9
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        most = 1.0 if self.mode == "project" else math.inf
+        if not 0 <= self.strength <= most or not 0 < self.energy <= 1:
+            raise IncompatibleError(
+                f"strength {self.strength:g} or energy {self.energy:g} has no meaning in mode {self.mode}.",
+                remedy="use a strength of 0 to 1 (contrast: 0 or more) and an energy above 0, up to 1.",
+            )
+
+
+def refit_layer(
+    layer: LoRALayer, own: InputMoments | None, others: InputMoments, options: RefitOptions, generator: torch.Generator
+) -> LoRALayer:
+    """One layer of a LoRA, refit against the inputs of the other tasks.
+
+    Args:
+        layer: The layer.
+        own: Moments of its own task's inputs; None counts all directions alike.
+        others: Moments of the other tasks' inputs.
+        options: How.
+        generator: Of analytic's random basis.
+
+    Returns:
+        A layer of the same rank, alpha and dtype.
+    """
+    down = layer.down.to(others.total.device, torch.float64)
+    if options.mode == "analytic":
+        new = analytic_down(others, min(layer.rank, others.width), generator, options.energy)
+        up = layer.up.to(new) @ (down @ new.T)  # dW pinv(D) = dW D^T for orthonormal rows
+        missing = layer.rank - new.shape[0]
+        new = torch.nn.functional.pad(new, (0, 0, 0, missing))
+        up = torch.nn.functional.pad(up, (0, missing))
+        return replace(layer, down=new.to(layer.down), up=up.to(layer.up))
+    if options.mode == "project":
+        top = top_directions(others, options.energy)
+        new = down - options.strength * (down @ top) @ top.T
+    else:
+        new = down - _contrast(down, own, others, options.strength)
+    return replace(layer, down=new.to(layer.down))
+
+
+def _contrast(down: Tensor, own: InputMoments | None, others: InputMoments, strength: float) -> Tensor:
+    """What contrast takes off down, (r, d): s down C_o (C_t + s C_o + mu I)^-1.
+
+    Computed in a basis of all directions that the moments know; outside of it nothing is taken off.
+    """
+    theirs = others.per_token()
+    power = theirs.trace / theirs.width
+    if own is None:
+        basis = theirs.spectrum.vectors
+        mine = power * torch.eye(basis.shape[1]).to(basis)
+    else:
+        own = own.per_token()
+        basis = _joint_basis(own, theirs)
+        mine, power = own.gram_of(basis.T), power + own.trace / own.width
+    gram = strength * theirs.gram_of(basis.T)
+    total = mine + gram + RIDGE * power * torch.eye(basis.shape[1]).to(basis)
+    if basis.shape[1] == 0 or power <= 0:
+        return torch.zeros_like(down)
+    reached = down @ basis
+    taken: Tensor = torch.linalg.solve(total, (reached @ gram).T).T
+    return taken @ basis.T
+
+
+def _joint_basis(own: InputMoments, theirs: InputMoments) -> Tensor:
+    """(d, p) orthonormal columns that span both moments' directions."""
+    if own.exact and theirs.exact:
+        return torch.eye(own.width).to(own.total.device, torch.float64)
+    both = torch.cat([theirs.spectrum.vectors, own.spectrum.vectors], dim=1)
+    vectors, sizes, _ = torch.linalg.svd(both, full_matrices=False)
+    spanned: Tensor = vectors[:, sizes > 1e-9]
+    return spanned
+
+
+def energy(layer: LoRALayer, moments: InputMoments, minus: LoRALayer | None = None) -> float:
+    """Mean squared norm of a layer's output, or of the difference of two, over the tokens: tr(dW C dW^T).
+
+    Args:
+        layer: The change dW; never made dense.
+        moments: C.
+        minus: Subtracted from it.
+    """
+    device = moments.total.device
+    parts = [(layer, 1.0), *([(minus, -1.0)] if minus is not None else [])]
+    up = torch.cat([sign * one.scale * one.up.to(device, torch.float64) for one, sign in parts], dim=1)
+    down = torch.cat([one.down.to(device, torch.float64) for one, _ in parts])
+    return max(0.0, float(((up.T @ up) * moments.per_token().gram_of(down)).sum()))

@@ -1,0 +1,174 @@
+"""OSRM after training, for whole LoRAs: what is refit, and what that did to each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .adapters import Adapter, LoRALayer
+from .input_hooks import whole_module
+from .moments import InputMoments
+from .osrm import layer_generator, pooled
+from .osrm_layer import RefitOptions, energy, refit_layer
+from .targets import Target
+
+
+@dataclass(frozen=True)
+class RefitLayerReport:
+    """What a refit did to one layer of one LoRA.
+
+    Attributes:
+        target: Module and rows.
+        kept: Share of the energy of its function that the change leaves standing: 1 less the energy of the
+            difference over that of the function, on its own inputs. Below 0 if it does harm.
+        weights_only: Whether `kept` was taken over the weights, for lack of own inputs.
+        before: Energy of its outputs on the others' inputs, relative to that on its own (or, for lack of
+            those, to that of its weights on inputs of the same power in all directions).
+        after: The same of the refit LoRA.
+    """
+
+    target: Target
+    kept: float
+    weights_only: bool
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class RefitReport:
+    """What a refit did to one LoRA.
+
+    Attributes:
+        name: The LoRA.
+        layers: One entry for each layer that was refit.
+        unchanged: Layers left as they were, with the reason.
+    """
+
+    name: str
+    layers: tuple[RefitLayerReport, ...]
+    unchanged: Mapping[Target, str]
+
+    @property
+    def kept(self) -> float:
+        """Mean over the layers; nan without any."""
+        return _mean([one.kept for one in self.layers])
+
+    @property
+    def interference(self) -> tuple[float, float]:
+        """Mean energy on the others' inputs over that on its own, before and after."""
+        return _mean([one.before for one in self.layers]), _mean([one.after for one in self.layers])
+
+
+def compare(
+    target: Target, old: LoRALayer, new: LoRALayer, own: InputMoments | None, others: InputMoments
+) -> RefitLayerReport:
+    """How much of its function a layer keeps, and what it does on the others' inputs."""
+    if own is not None and energy(old, own) > 0:
+        reference = measured = own
+    else:  # white inputs of the others' power
+        measured, power = None, others.trace / max(others.tokens, 1e-300) / others.width
+        reference = InputMoments(power * torch.eye(others.width).to(others.total), power * others.width, 1.0)
+    function = max(energy(old, reference), 1e-300)
+    return RefitLayerReport(
+        target,
+        1 - energy(new, reference, minus=old) / function,
+        measured is None,
+        energy(old, others) / function,
+        energy(new, others) / function,
+    )
+
+
+@dataclass(frozen=True)
+class RefitResult:
+    """Refit LoRAs, in order, and what became of each."""
+
+    adapters: tuple[Adapter, ...]
+    reports: tuple[RefitReport, ...]
+
+
+def osrm_refit(
+    adapters: Sequence[Adapter],
+    moments: Sequence[Mapping[Target, InputMoments]],
+    options: RefitOptions,
+    *,
+    device: torch.device | None = None,
+    tick: Callable[[int, int], None] = lambda done, total: None,
+) -> RefitResult:
+    """Refit every LoRA against the inputs of all others.
+
+    Args:
+        adapters: The LoRAs.
+        moments: For each LoRA the moments of its own task's inputs, by module.
+        options: How.
+        device: Where to compute; None is the CPU.
+        tick: Called with (layers done, layers in all); may raise to cancel.
+    """
+    total = sum(len(adapter.layers) for adapter in adapters)
+    done = 0
+    refitted: list[Adapter] = []
+    reports = []
+    for index, adapter in enumerate(adapters):
+        layers = dict(adapter.layers)
+        rows: list[RefitLayerReport] = []
+        unchanged: dict[Target, str] = {}
+        for target, layer in adapter.layers.items():
+            tick(done, total)
+            done += 1
+            module = whole_module(target)
+            own = moments[index].get(module)
+            rest = [one[module] for i, one in enumerate(moments) if i != index and module in one]
+            rest = [one.to(device or torch.device("cpu")) for one in rest if one.tokens > 0]
+            if not rest:
+                unchanged[target] = "no other LoRA's pass reached them"
+                continue
+            own = None if own is None or own.tokens <= 0 else own.to(device or torch.device("cpu"))
+            others = pooled(rest)
+            generator = layer_generator(options.seed, target, adapter.fingerprint)
+            layers[target] = refit_layer(layer, own, others, options, generator)
+            rows.append(compare(target, layer, layers[target], own, others))
+        refitted.append(replace(adapter, layers=layers))
+        reports.append(RefitReport(adapter.name, tuple(rows), unchanged))
+    return RefitResult(tuple(refitted), tuple(reports))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def refit_markdown(reports: Sequence[RefitReport], options: RefitOptions) -> str:
+    """The reports as people read them."""
+    lines = [
+        "# OSRM Refit",
+        "",
+        f"Mode {options.mode}, strength {options.strength:g}, energy {options.energy:g}. Means over the layers:",
+        "",
+        "| LoRA | layers | keeps of its own function | interference before | after |",
+        "|---|---|---|---|---|",
+    ]
+    for report in reports:
+        before, after = report.interference
+        kept = f"{100 * report.kept:.1f} %" if report.layers else "all"
+        lines.append(f"| {report.name} | {len(report.layers)} | {kept} | {before:.3g} | {after:.3g} |")
+    lines += [
+        "",
+        "Function: energy of the LoRA's output on its own prompts, less that of the change. Interference: energy "
+        "of its output on the others' prompts, as a multiple of that on its own.",
+    ]
+    for report in reports:
+        worst = min(report.layers, key=lambda one: one.kept, default=None)
+        if worst is not None and report.kept < 0.5:
+            lines.append(
+                f"\nWarning: {report.name} loses most of its own function (least is kept in {worst.target}). "
+                "Lower the strength or use mode contrast."
+            )
+        blind = sum(one.weights_only for one in report.layers)
+        if blind:
+            lines.append(f"\n{report.name}: {blind} layers were judged by weights; its own prompts never reached them.")
+        reasons: dict[str, list[Target]] = {}
+        for target, reason in report.unchanged.items():
+            reasons.setdefault(reason, []).append(target)
+        lines += [f"\n{report.name}: {len(t)} layers unchanged ({r}), e.g. {t[0]}." for r, t in reasons.items()]
+    return "\n".join(lines) + "\n"
