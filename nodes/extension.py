@@ -7,6 +7,8 @@ from comfy_api.latest import ComfyExtension, io
 from .lora_node import SSRLoRA
 from .merge_nodes import SSRCalibrate, SSRMergeNode, SSRSolve
 from .nplora_node import SSRNPLoRAMerge
+from .osrm_init_node import SSROSRMInit
+from .osrm_refit_node import SSROSRMRefit
 from .storage_nodes import SSRLoadCalibration, SSRSaveCalibration, SSRSaveLoRA
 
 
@@ -24,4 +26,6 @@ class SSRMergeExtension(ComfyExtension):
             SSRSaveCalibration,
             SSRLoadCalibration,
             SSRSaveLoRA,
+            SSROSRMInit,
+            SSROSRMRefit,
         ]

@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 TEXT_FIRST = {"Flux", "Flux2", "Chroma", "LongCatImage", "Lumina2", "ZImage", "HunyuanVideo", "HunyuanImage21"}
 """Model classes whose joint layers read the text tokens before the image tokens."""
 
+KOHYA_AS_DIFFUSERS = {"BaseModel"}
+"""Model classes whose layers kohya's trainers name as diffusers does (SD 1.x and 2.x); all others as here."""
+
 FORWARD_ATTACHMENT = "ssr_merge_forward_"
 """Begin of the keys under which a MODEL remembers what it applies in the forward pass: layers by target."""
 
@@ -24,6 +27,19 @@ FORWARD_ATTACHMENT = "ssr_merge_forward_"
 def joint_text(model: Any) -> Literal["first", "unknown"]:
     """Where the text stands in layers that read text and image together."""
     return "first" if type(model.model).__name__ in TEXT_FIRST else "unknown"
+
+
+def kohya_key_map(model: Any, key_map: Mapping[str, KeyTarget]) -> dict[str, KeyTarget]:
+    """The key map with the one `lora_unet_` name for each layer that kohya's trainers use themselves."""
+    if type(model.model).__name__ not in KOHYA_AS_DIFFUSERS:
+        return dict(key_map)
+    native = {
+        f"lora_unet_{name.removeprefix('diffusion_model.').replace('.', '_')}": entry.target
+        for name, entry in key_map.items()
+        if name.startswith("diffusion_model.")
+    }
+    named = {e.target for name, e in key_map.items() if name.startswith("lora_unet_") and name not in native}
+    return {name: e for name, e in key_map.items() if not (name in native and e.target in named)}
 
 
 def root_of(part: Part, owner: Any) -> torch.nn.Module:

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from ..ssr_core import METHODS, Anchor, IncompatibleError, MergeMethod, PaddingMode, SSRMerge
+from ..ssr_core import METHODS, Anchor, IncompatibleError, MergeMethod, MomentOptions, PaddingMode, SSRMerge
 from . import host
 from .forward import Apply
 
@@ -97,6 +97,11 @@ def calibration_options(values: Mapping[str, Any]) -> CalibrationOptions:
         latent=values.get("latent"),
         sigmas=values.get("sigmas"),
     )
+
+
+def moment_options(values: Mapping[str, Any]) -> MomentOptions:
+    """Take the size of input moments out of a node's inputs."""
+    return MomentOptions(values["features"], values["exact_limit"], values["sketch"])
 
 
 def solve_method(values: Mapping[str, Any]) -> MergeMethod:

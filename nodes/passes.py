@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ def calibrate(
     settings = options.settings()
     if any(len(stack.blocks) > 1 for stack in stacks):
         _check_budget(stacks, model, options)
-        passes = _Passes(loaded, model, clip, options, progress)
+        passes = Passes(loaded, model, clip, options, progress)
         for index in range(len(loaded.tasks)):
             passes.run(index, *parts)
         settings = {**settings, "sigmas": passes.sigmas[:-1].tolist(), "latent": list(passes.latent.shape)}
@@ -59,7 +59,15 @@ def _check_budget(stacks: Sequence[LayerStack], model: Any, options: Calibration
 _Prepared = list[tuple[list[Any], TextRows | None]]
 
 
-class _Passes:
+class Collector(Protocol):
+    """What gathers something of one part of the model during the passes: `Calibrator`, `InputCollector`."""
+
+    def task(self, index: int) -> AbstractContextManager[Any]:
+        """A tap for one task's passes."""
+        ...
+
+
+class Passes:
     """Runs one LoRA's prompts through the text encoder and the diffusion model."""
 
     def __init__(
@@ -72,7 +80,7 @@ class _Passes:
         passes = sum(1 if e.conditioning is not None else len(e.prompts) for e in loaded.entries)
         progress.stage(progress.reached, CALIBRATION_SHARE, passes * (len(self.sigmas) - 1))
 
-    def run(self, index: int, model_calibrator: Calibrator, clip_calibrator: Calibrator) -> None:
+    def run(self, index: int, model_calibrator: Collector, clip_calibrator: Collector) -> None:
         """All prompts of one LoRA; its statistics count only if every pass succeeds."""
         entry = self.loaded.entries[index]
         with ExitStack() as stack, _named_out_of_memory(entry.name):
@@ -96,7 +104,7 @@ class _Passes:
                     on_step=lambda step, x0: self.progress.step(1, x0),
                 )
 
-    def _encode(self, index: int, entry: LoRAEntry, calibrator: Calibrator, stack: ExitStack) -> _Prepared:
+    def _encode(self, index: int, entry: LoRAEntry, calibrator: Collector, stack: ExitStack) -> _Prepared:
         """Conditionings of one LoRA, with its text-encoder adapter active while they are made."""
         given = entry.conditioning
         ready: _Prepared = [] if given is None else [(given, _rows_of(given, [], self.model))]

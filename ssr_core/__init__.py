@@ -16,7 +16,7 @@ from .calibration import (
 )
 from .calibration_io import load_calibration, save_calibration
 from .conversion import Converted, convert, converted_groups
-from .emit import KEY_STYLES, KeyStyle, to_tensors
+from .emit import KEY_STYLES, KeyStyle, change_tensors, to_tensors
 from .errors import (
     CalibrationError,
     FileError,
@@ -28,7 +28,9 @@ from .errors import (
 from .files import atomic_path, content_hash, read_safetensors, tensors_hash, write_safetensors
 from .forward import ForwardLoRA
 from .gram import GramStats
-from .memory import MemoryNeed, check_memory, memory_need
+from .input_hooks import InputLayer, SharingError, input_layers, whole_module
+from .input_taps import InputCollector, InputTap
+from .memory import MOMENTS_REMEDY, MemoryNeed, check_memory, memory_need, moments_need
 from .merge import MergeResult, check_unsupported, describe, merge
 from .metadata import merge_metadata
 from .methods import (
@@ -43,6 +45,10 @@ from .methods import (
     SSRMerge,
     SumMerge,
 )
+from .moments import FEATURES, Features, InputMoments, MomentOptions
+from .osrm import InitResult, init_markdown, osrm_init
+from .osrm_layer import REFIT_MODES, RefitMode, RefitOptions
+from .osrm_refit import RefitResult, osrm_refit, refit_markdown
 from .padding import PaddingMode, TextRows
 from .parse import read_adapter
 from .report import FileAccount, LayerReport, MergeReport
@@ -66,12 +72,19 @@ __all__ = [
     "DIRECTIONS",
     "DenseGroup",
     "Directions",
+    "FEATURES",
+    "Features",
     "FileAccount",
     "FileError",
     "ForwardLoRA",
     "GainsMerge",
     "GramStats",
     "IncompatibleError",
+    "InitResult",
+    "InputCollector",
+    "InputLayer",
+    "InputMoments",
+    "InputTap",
     "KEY_STYLES",
     "KeyMap",
     "KeyRecord",
@@ -81,19 +94,26 @@ __all__ = [
     "LayerStack",
     "LoRALayer",
     "METHODS",
+    "MOMENTS_REMEDY",
     "MemoryBudgetError",
     "MemoryNeed",
     "MergeMethod",
     "MergeReport",
     "MergeResult",
     "NPLoRAMerge",
+    "MomentOptions",
     "PaddingMode",
     "PaperMerge",
     "Part",
+    "REFIT_MODES",
     "RESTS",
+    "RefitMode",
+    "RefitOptions",
+    "RefitResult",
     "Rest",
     "SSRMerge",
     "SSRMergeError",
+    "SharingError",
     "SolveError",
     "SumMerge",
     "Tap",
@@ -106,22 +126,30 @@ __all__ = [
     "atomic_path",
     "build_stacks",
     "calibrate",
+    "change_tensors",
     "check_memory",
     "check_unsupported",
     "content_hash",
     "convert",
     "converted_groups",
     "describe",
+    "init_markdown",
+    "input_layers",
     "load_calibration",
     "memory_need",
     "merge",
     "merge_metadata",
+    "moments_need",
+    "osrm_init",
+    "osrm_refit",
     "prompt_warnings",
     "read_adapter",
     "read_safetensors",
     "records_of",
+    "refit_markdown",
     "save_calibration",
     "tensors_hash",
     "to_tensors",
+    "whole_module",
     "write_safetensors",
 ]

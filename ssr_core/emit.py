@@ -38,16 +38,26 @@ def to_tensors(result: MergeResult, key_map: KeyMap, style: KeyStyle = "comfy") 
     Raises:
         IncompatibleError: The family has no name of this style for a layer.
     """
+    return change_tensors(result.layers, result.vectors, key_map, style)
+
+
+def change_tensors(
+    layers: Mapping[Target, LoRALayer],
+    vectors: Mapping[tuple[Target, str], Tensor],
+    key_map: KeyMap,
+    style: KeyStyle = "comfy",
+) -> dict[str, Tensor]:
+    """As `to_tensors`, of any changes: low-rank ones by target, those of biases and norms by parameter."""
     names = _names(key_map, style)
     shapes = {
         (e.target.part, e.target.module_path): e.weight_shape for e in key_map.values() if e.parameter == "weight"
     }
     tensors: dict[str, Tensor] = {}
-    for module, layers in _by_module(result).items():
+    for module, members in _by_module(layers).items():
         shape = shapes[module]
-        for entry, layer in _writable(layers, names.get(module, []), shape, style):
+        for entry, layer in _writable(members, names.get(module, []), shape, style):
             tensors.update(_pair(_name_of(entry, names), layer, shape[2:], style))
-    for (target, parameter), value in result.vectors.items():
+    for (target, parameter), value in vectors.items():
         tensors.update(_vector(target, parameter, value, names, key_map, style))
     return _unshared(tensors)
 
@@ -83,9 +93,9 @@ def _names(key_map: KeyMap, style: KeyStyle) -> dict[_Module, list[_Named]]:
     return {**generic, **found}
 
 
-def _by_module(result: MergeResult) -> dict[_Module, list[tuple[Target, LoRALayer]]]:
+def _by_module(layers: Mapping[Target, LoRALayer]) -> dict[_Module, list[tuple[Target, LoRALayer]]]:
     modules: dict[_Module, list[tuple[Target, LoRALayer]]] = {}
-    for target, layer in result.layers.items():
+    for target, layer in layers.items():
         modules.setdefault((target.part, target.module_path), []).append((target, layer))
     return modules
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from .errors import MemoryBudgetError
+from .input_hooks import InputLayer
+from .moments import MomentOptions
 from .stacks import LayerStack
 
 
@@ -42,7 +44,25 @@ def memory_need(stacks: Sequence[LayerStack], dtype: torch.dtype) -> MemoryNeed:
     return MemoryNeed(device, host)
 
 
-def check_memory(need: MemoryNeed, device_budget: int, host_budget: int) -> None:
+def moments_need(layers: Sequence[InputLayer], options: MomentOptions, tasks: int) -> MemoryNeed:
+    """Predict the memory of input moments; less is used where layers turn out to read the same tensor.
+
+    Args:
+        layers: Whose inputs are gathered.
+        options: What is kept of them.
+        tasks: For how many tasks.
+    """
+    widths = {layer.in_features for layer in layers}
+    kept = sum(4 * layer.in_features * options.columns(layer.in_features) for layer in layers)
+    sketches = sum(4 * width * options.columns(width) for width in widths if options.columns(width) < width)
+    return MemoryNeed(kept + sketches, kept * tasks)
+
+
+MERGE_REMEDY = "merge fewer LoRAs at once, use LoRAs of lower rank, or raise memory_budget_gb."
+MOMENTS_REMEDY = "lower exact_limit or sketch, choose fewer layers, or raise memory_budget_gb."
+
+
+def check_memory(need: MemoryNeed, device_budget: int, host_budget: int, remedy: str = MERGE_REMEDY) -> None:
     """Refuse before anything is allocated.
 
     Raises:
@@ -55,5 +75,5 @@ def check_memory(need: MemoryNeed, device_budget: int, host_budget: int) -> None
         if needed > budget:
             raise MemoryBudgetError(
                 f"calibration needs {needed / 2**30:.2f} GiB on {what}, {budget / 2**30:.2f} GiB are allowed.",
-                remedy="merge fewer LoRAs at once, use LoRAs of lower rank, or raise memory_budget_gb.",
+                remedy=remedy,
             )

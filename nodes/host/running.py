@@ -12,14 +12,14 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ...ssr_core import Tap
+from ...ssr_core import InputTap, Tap
 from ..sampling import evaluate
 
 
 def run_calibration_pass(
     model: Any,
     conditioning: list[Any],
-    tap: Tap,
+    tap: Tap | InputTap,
     *,
     noise: Tensor,
     latent: Tensor,

@@ -1,0 +1,115 @@
+"""OSRM Refit: LoRAs of SSR LoRA nodes -> the same LoRAs with less effect on each other's prompts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..ssr_core import (
+    Adapter,
+    IncompatibleError,
+    MomentOptions,
+    RefitOptions,
+    change_tensors,
+    input_layers,
+    osrm_refit,
+    refit_markdown,
+    tensors_hash,
+    whole_module,
+)
+from . import host
+from .entries import LoRAEntries
+from .input_passes import gather
+from .loading import Loaded
+from .options import CalibrationOptions
+
+
+class Refitted(NamedTuple):
+    """Outputs of a refit.
+
+    Attributes:
+        entries: For SSR Merge or a further SSR LoRA.
+        tensors: Each LoRA as core's LORA_MODEL.
+        report: In words.
+    """
+
+    entries: LoRAEntries
+    tensors: list[dict[str, Tensor]]
+    report: str
+
+
+def refit(
+    loaded: Loaded,
+    model: Any,
+    clip: Any | None,
+    calibration: CalibrationOptions,
+    moments: MomentOptions,
+    options: RefitOptions,
+    progress: host.Progress,
+) -> Refitted:
+    """Gather every LoRA's inputs with that LoRA alone, and refit each against the others'.
+
+    Raises:
+        IncompatibleError: There is one LoRA only, or none has a layer that is low-rank.
+    """
+    if len(loaded.tasks) < 2:
+        raise IncompatibleError(
+            "a single LoRA has no others to keep away from.", remedy="connect two or more SSR LoRA nodes."
+        )
+    modules = {whole_module(target) for task in loaded.tasks for target in task.adapter.layers}
+    layers = [one for part in ("model", "clip") for one in input_layers(loaded.key_map, part) if one.target in modules]
+    if not layers:
+        raise IncompatibleError("none of the LoRAs has a layer that can be refit.")
+    gathered = gather(loaded, model, clip, layers, calibration, moments, progress, active=True)
+    begin = progress.reached
+    result = osrm_refit(
+        [task.adapter for task in loaded.tasks],
+        gathered,
+        options,
+        device=host.compute_device(model),
+        tick=lambda done, total: progress.at(begin + (1 - begin) * done / max(1, total)),
+    )
+    tensors = [_file_of(loaded, index, adapter) for index, adapter in enumerate(result.adapters)]
+    entries = tuple(
+        replace(entry, name=f"{entry.name} (refit)", sha256=tensors_hash(one), file=None, tensors=one)
+        for entry, one in zip(loaded.entries, tensors, strict=True)
+    )
+    report = refit_markdown(result.reports, options) + "".join(f"\n{line}\n" for line in _remarks(loaded))
+    return Refitted(entries, tensors, report)
+
+
+def _carried(adapter: Adapter) -> list[str]:
+    """Keys of a file that a refit hands on as they are."""
+    return [record.key for record in adapter.records if record.status in ("unsupported", "unmatched")]
+
+
+def _file_of(loaded: Loaded, index: int, adapter: Adapter) -> dict[str, Tensor]:
+    made = change_tensors(adapter.layers, adapter.vectors, loaded.key_map)
+    return {**{key: loaded.tensors[index][key] for key in _carried(adapter)}, **made}
+
+
+def _remarks(loaded: Loaded) -> list[str]:
+    """What a refit leaves alone or leaves out, LoRA by LoRA."""
+    lines = [
+        f"Warning: {a.name} and {b.name} have the same prompts: what is taken from their interference is taken from "
+        "their own function as well."
+        for a, b in combinations(loaded.tasks, 2)
+        if a.prompts == b.prompts
+    ]
+    for task in loaded.tasks:
+        carried = _carried(task.adapter)
+        if carried:
+            lines.append(f"{task.name}: {len(carried)} keys are handed on as they are, e.g. {carried[0]}.")
+        if task.adapter.vectors:
+            lines.append(f"{task.name}: {len(task.adapter.vectors)} biases and norms are handed on as they are.")
+        rests = [one for one in task.adapter.conversions if one.rest_kept]
+        if rests:
+            worst = max(one.error for one in rests)
+            lines.append(
+                f"Warning: {task.name}: what conversion cut off {len(rests)} layers (up to {100 * worst:.1f} % of a "
+                "layer) is not in the refit LoRA. A larger convert_rank at its SSR LoRA keeps more."
+            )
+    return lines
