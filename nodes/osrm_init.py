@@ -163,6 +163,8 @@ def init_path(prefix: str) -> tuple[Path, str]:
     Raises:
         FileError: The prefix leads outside, or would be misread.
     """
+    if not prefix.strip() or prefix.strip().endswith(("/", "\\")):
+        raise FileError("the name is empty.", file=prefix, remedy="use a name like osrm_init.")
     if STEPS_MARK in f"{prefix}_":
         raise FileError("core's Train LoRA misreads names with _steps_.", file=prefix, remedy="choose another name.")
     path = paths.output_path(f"{prefix}_0_steps", ".safetensors", FOLDER)

@@ -72,6 +72,17 @@ class SSROSRMRefit(io.ComfyNode):
                 *calibration_inputs(),
                 *optional_calibration_inputs(),
                 *moment_inputs(),
+                io.Float.Input(
+                    "ridge",
+                    default=_REFIT.ridge,
+                    min=0.000001,
+                    max=10.0,
+                    step=0.01,
+                    round=0.000001,
+                    advanced=True,
+                    tooltip="contrast: how strongly directions that neither side uses much stay as they are, as a fraction "
+                    "of the mean signal. 0.1 recommended; less fits the change to the noise of these very passes.",
+                ),
             ],
             outputs=[
                 SSR_LORA.Output(
@@ -100,7 +111,7 @@ class SSROSRMRefit(io.ComfyNode):
         **values: Any,
     ) -> io.NodeOutput:
         """Gather and refit."""
-        options = RefitOptions(mode, strength, energy, values["seed"])
+        options = RefitOptions(mode, strength, energy, values["ridge"], values["seed"])
         progress = host.Progress(model)
         loaded = load(flatten(loras), model, clip, progress)
         made = osrm_refit.refit(

@@ -145,7 +145,7 @@ class InputHook:
             raise SharingError(
                 "it reads the same input as its neighbour in one step and another in the next.", self.path
             )
-        return [*self.shared, *([self] if self.own is not None else [])]
+        return [*self.shared, *([self] if self.own_calls else [])]
 
 
 class SharingError(CalibrationError):

@@ -29,9 +29,6 @@ from .osrm import analytic_down, top_directions
 RefitMode = Literal["contrast", "project", "analytic"]
 REFIT_MODES: tuple[RefitMode, ...] = ("contrast", "project", "analytic")
 
-RIDGE = 1e-6
-"""mu of contrast, as a share of the mean eigenvalue: directions that nobody uses stay as they are."""
-
 
 @dataclass(frozen=True)
 class RefitOptions:
@@ -42,20 +39,24 @@ class RefitOptions:
         strength: project: share s of the others' top directions that is removed, 0 to 1; contrast: weight s
             of the others' inputs against the own ones, 0 or more. 0 changes nothing. analytic ignores it.
         energy: project and analytic: share of the energy of the others' inputs that counts as theirs.
+        ridge: contrast: mu, as a share of the mean eigenvalue of both moments. Directions that neither task
+            uses much stay as they are; too little of it fits the change to these very tokens.
         seed: analytic: of the random bases.
     """
 
     mode: RefitMode = "contrast"
     strength: float = 1.0
     energy: float = 0.9
+    ridge: float = 0.1
     seed: int = 0
 
     def __post_init__(self) -> None:
         most = 1.0 if self.mode == "project" else math.inf
-        if not 0 <= self.strength <= most or not 0 < self.energy <= 1:
+        if not 0 <= self.strength <= most or not 0 < self.energy <= 1 or not self.ridge > 0:
             raise IncompatibleError(
-                f"strength {self.strength:g} or energy {self.energy:g} has no meaning in mode {self.mode}.",
-                remedy="use a strength of 0 to 1 (contrast: 0 or more) and an energy above 0, up to 1.",
+                f"strength {self.strength:g}, energy {self.energy:g} or ridge {self.ridge:g} has no meaning in mode "
+                f"{self.mode}.",
+                remedy="use a strength of 0 to 1 (contrast: 0 or more), an energy above 0, up to 1, a ridge above 0.",
             )
 
 
@@ -86,11 +87,11 @@ def refit_layer(
         top = top_directions(others, options.energy)
         new = down - options.strength * (down @ top) @ top.T
     else:
-        new = down - _contrast(down, own, others, options.strength)
+        new = down - _contrast(down, own, others, options)
     return replace(layer, down=new.to(layer.down))
 
 
-def _contrast(down: Tensor, own: InputMoments | None, others: InputMoments, strength: float) -> Tensor:
+def _contrast(down: Tensor, own: InputMoments | None, others: InputMoments, options: RefitOptions) -> Tensor:
     """What contrast takes off down, (r, d): s down C_o (C_t + s C_o + mu I)^-1.
 
     Computed in a basis of all directions that the moments know; outside of it nothing is taken off.
@@ -104,8 +105,8 @@ def _contrast(down: Tensor, own: InputMoments | None, others: InputMoments, stre
         own = own.per_token()
         basis = _joint_basis(own, theirs)
         mine, power = own.gram_of(basis.T), power + own.trace / own.width
-    gram = strength * theirs.gram_of(basis.T)
-    total = mine + gram + RIDGE * power * torch.eye(basis.shape[1]).to(basis)
+    gram = options.strength * theirs.gram_of(basis.T)
+    total = mine + gram + options.ridge * power * torch.eye(basis.shape[1]).to(basis)
     if basis.shape[1] == 0 or power <= 0:
         return torch.zeros_like(down)
     reached = down @ basis

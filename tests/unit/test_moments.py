@@ -117,14 +117,15 @@ class Attention(nn.Module):
         return self.o(y)
 
 
-def attention_layers():
-    return [InputLayer(Target(name), 6, 6) for name in ("q", "k", "v", "o")]
+def attention_layers(order="qkvo"):
+    return [InputLayer(Target(name), 6, 6) for name in order]
 
 
-def test_layers_that_read_the_same_tensor_share_one_object():
+@pytest.mark.parametrize("order", ["qkvo", "kvoq", "ovkq"])
+def test_layers_that_read_the_same_tensor_share_one_object(order):
     torch.manual_seed(0)
     model, x = Attention(), randn(12, 2, 5, 6)
-    found = gather(model, attention_layers(), lambda tap: [model(x), model(2 * x)])
+    found = gather(model, attention_layers(order), lambda tap: [model(x), model(2 * x)])
     q, k, v, o = (found[Target(name)] for name in ("q", "k", "v", "o"))
     assert q is k and q is v and o is not q
     rows = x.flatten(0, 1)

@@ -132,11 +132,13 @@ def test_project_removes_a_share_of_the_top_directions():
 @pytest.mark.parametrize("strength", [0.3, 1.0, 5.0])
 def test_contrast_minimises_own_change_plus_interference(strength):
     own, others, layer = decaying(13, 300, 12, 0.8), decaying(14, 200, 12, 0.8), lora(5, 9, 12, 3)
-    found = refit_layer(layer, moments_of(own), moments_of(others), RefitOptions("contrast", strength), rng(0))
+    found = refit_layer(
+        layer, moments_of(own), moments_of(others), RefitOptions("contrast", strength, ridge=1e-9), rng(0)
+    )
     a, b = own[0] / 300**0.5, others[0] * (strength / 200) ** 0.5
     rows, targets = torch.cat([a, b]), torch.cat([a @ layer.delta().T, torch.zeros(200, 9, dtype=F64)])
     expected = torch.linalg.lstsq(rows, targets).solution.T  # every dW at all, none does better
-    assert rel(found.delta(), expected) < 1e-4  # the ridge
+    assert rel(found.delta(), expected) < 1e-6
     assert rel(found.up, layer.up) == 0
 
 
@@ -146,7 +148,7 @@ def test_contrast_with_sketches_is_contrast_where_their_rank_suffices(options):
     layer = lora(6, 9, 40, 3)
     found = refit_layer(layer, moments_of(own, options), moments_of(others, options), RefitOptions(), rng(0))
     c_t, c_o = own[0].T @ own[0] / 90, others[0].T @ others[0] / 90
-    ridge = 1e-6 * float((c_t + c_o).trace()) / 40 * EYE(40, dtype=F64)
+    ridge = RefitOptions().ridge * float((c_t + c_o).trace()) / 40 * EYE(40, dtype=F64)
     expected = layer.delta() @ (c_t + ridge) @ torch.linalg.inv(c_t + c_o + ridge)
     assert rel(found.delta(), expected) < 1e-6
 
@@ -206,7 +208,7 @@ def test_without_own_inputs_weights_are_compared_and_said_so():
     change = result.adapters[0].layers[LAYER].delta() - layer.delta()
     assert row.weights_only and row.kept == pytest.approx(1 - float(change.norm() ** 2 / layer.delta().norm() ** 2))
     assert "judged by weights" in refit_markdown(result.reports, RefitOptions("project"))
-    contrast = osrm_refit(adapters, [{}, {LAYER: others}], RefitOptions("contrast"))
+    contrast = osrm_refit(adapters, [{}, {LAYER: others}], RefitOptions("contrast", ridge=1e-9))
     c = others.total / 200
     white = float(c.trace()) / 12 * EYE(12, dtype=F64)
     expected = layer.delta() @ white @ torch.linalg.inv(white + c)
