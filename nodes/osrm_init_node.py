@@ -160,5 +160,5 @@ class SSROSRMInit(io.ComfyNode):
         )
         unet, text = host.core_key_map(model, clip)
         osrm_init.save_init(path, result, tensors, loaded, moments, options, {**unet, **text})
-        report = init_markdown(result, options.rank, [entry.name for entry in loaded.entries])
+        report = init_markdown(result, options.rank, [entry.name for entry in loaded.entries], moments.features)
         return io.NodeOutput(name, str(path), report, ui=ui.PreviewText(f"{path}\n\n{report}"))

@@ -19,8 +19,13 @@ from torch import Tensor
 from .adapters import LoRALayer
 from .errors import IncompatibleError
 from .input_hooks import InputLayer
-from .moments import InputMoments
+from .moments import Features, InputMoments
 from .targets import Target
+
+FEW_MEANS = 50
+"""Below so many samples Init says that means are few; the paper takes up to about 100 a task."""
+
+FEW_MEANS_REMEDY = "Write more prompts, take more steps, or set features to tokens."
 
 
 def pooled(moments: Sequence[InputMoments]) -> InputMoments:
@@ -197,7 +202,7 @@ def _init_report(target: Target, down: Tensor, moments: InputMoments, tokens: fl
     return InitReport(target, tokens, seen / chance, (seen + rest) / chance)
 
 
-def init_markdown(result: InitResult, rank: int, names: Sequence[str]) -> str:
+def init_markdown(result: InitResult, rank: int, names: Sequence[str], features: Features = "means") -> str:
     """The report as people read it."""
     reports = result.reports
     lines = [
@@ -215,6 +220,8 @@ def init_markdown(result: InitResult, rank: int, names: Sequence[str]) -> str:
         ]
         worst = max(reports, key=lambda one: one.bound)
         lines.append(f"Largest: {worst.bound:.2e} in {worst.target}, which saw {worst.tokens:.0f} samples or tokens.")
+        if features == "means" and worst.tokens < FEW_MEANS:
+            lines += ["", f"Warning: {worst.tokens:.0f} means say little about single tokens. {FEW_MEANS_REMEDY}"]
     reasons: dict[str, list[Target]] = {}
     for target, reason in result.skipped.items():
         reasons.setdefault(reason, []).append(target)

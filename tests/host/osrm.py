@@ -16,13 +16,15 @@ FAMILIES = ("flux", "sd15", "lumina2")
 DOWN, UP = ".lora_down.weight", ".lora_up.weight"
 
 
-def record(server: Server, family: str, text_seed: int, prefix: str, lora: tuple[str, float] | None = None) -> None:
+def record(
+    server: Server, family: str, text_seed: int, prefix: str, lora: tuple[str, float] | None = None, noise: int = SEED
+) -> None:
     """Sample one step with core's nodes, on the base model or with one LoRA, and keep what every layer saw."""
     graph = MergeGraph(server)
     model = graph.checkpoint(family) if lora is None else graph.core_lora(graph.checkpoint(family), *lora)
     sampled = graph.add(
         "SamplerCustomAdvanced",
-        noise=graph.add("RandomNoise", noise_seed=SEED),
+        noise=graph.add("RandomNoise", noise_seed=noise),
         guider=graph.add(
             "BasicGuider",
             model=graph.add("RecordInputs", model=model, prefix=prefix),

@@ -1,4 +1,4 @@
-"""OSRM Refit through the real server, against dense formulas on inputs recorded by core's nodes; Cancel of both nodes."""
+"""OSRM Refit through the real server, against dense formulas on inputs that core's nodes recorded; Cancel of both."""
 
 import pytest
 import torch

@@ -20,7 +20,7 @@ sys.path.append(str(PACK / "tests" / "web"))
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 SIZE = 128
-MADE_HERE = ("SSRMerge", "SSRCalibrate", "SSRSolve", "SSRNPLoRAMerge", "SSRLoRA")
+MADE_HERE = ("SSRMerge", "SSRCalibrate", "SSRSolve", "SSRNPLoRAMerge", "SSRLoRA", "SSROSRMInit", "SSROSRMRefit")
 
 if not Path("/usr/bin/chromium").exists():
     pytest.skip("chromium is not installed: the example workflows were not opened", allow_module_level=True)
@@ -58,8 +58,14 @@ def swap(prompt, family, loras):
             swapped[node_id] = _clip("flux" if family == "wan21" else family)  # as wide as the tiny Wan's text
         elif kind == "SSRLoRA":
             inputs["lora"] = next(lora_names)
-        elif kind == "KSampler":
+        elif kind in ("KSampler", "TrainLoraNode"):
             inputs["steps"] = 2
+        elif kind == "VAEEncode":
+            swapped[node_id] = {
+                "class_type": "EmptyLatentImage",
+                "inputs": {"batch_size": 1, "width": SIZE, "height": SIZE},
+            }
+            del swapped[inputs["pixels"][0]]
         elif kind == "KSamplerAdvanced":
             inputs.update(steps=2, start_at_step=inputs["start_at_step"] // 10, end_at_step=inputs["end_at_step"] // 10)
         elif kind in ("SaveImage", "SaveVideo"):
@@ -111,6 +117,8 @@ def test_there_are_workflows():
         "calibrate_once",
         "save_and_reuse",
         "wan22_two_models",
+        "osrm_refit",
+        "osrm_train",
     }
 
 
@@ -132,7 +140,7 @@ def test_settings_are_the_nodes_defaults(server, prompts, name):
         settings = {**schema.get("required", {}), **schema.get("optional", {})}
         for key, value in node["inputs"].items():
             options = settings.get(key, [None])[1:]
-            if options and "default" in options[0] and key not in ("prompts", "strengths", "lora"):
+            if options and "default" in options[0] and key not in ("prompts", "strengths", "lora", "filename_prefix"):
                 assert value == options[0]["default"], (node["class_type"], key, value)
 
 

@@ -10,7 +10,8 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from ssr_core import Adapter, Calibration, LoRALayer, Target, Task, build_stacks, calibrate
+from ssr_core import Adapter, Calibration, LoRALayer, MomentOptions, Target, Task, build_stacks, calibrate
+from ssr_core.moments import MomentsAccumulator, sketch_matrix
 
 F64 = torch.float64
 LAYER = Target("layer")
@@ -74,6 +75,25 @@ def calibrated(module: nn.Module, tasks: Sequence[Task], passes: Sequence[Sequen
 
 def linear64(inp: int, out: int) -> nn.Linear:
     return nn.Linear(inp, out).double().requires_grad_(False)
+
+
+TOKENS = MomentOptions("tokens")
+SKETCH = MomentOptions("tokens", exact_limit=0, sketch=12)
+
+
+def moments_of(x, options=TOKENS, weight=None):
+    """Moments of (S, T, d) inputs without any hook."""
+    columns = options.columns(x.shape[-1])
+    omega = None if columns == x.shape[-1] else sketch_matrix(x.shape[-1], columns).to(x.dtype)
+    accumulator = MomentsAccumulator(x.shape[-1], options, omega, x.device, x.dtype)
+    accumulator.add([x], weight)
+    return accumulator.result()
+
+
+def decaying(seed, count, width, rate):
+    """(1, N, d) inputs whose spectrum falls off by `rate` a direction."""
+    basis = torch.linalg.qr(randn(seed, width, width))[0]
+    return (randn(seed + 1, count, width) * rate ** torch.arange(width, dtype=F64) @ basis.T)[None]
 
 
 # ---------------------------------------------------------------- reference mathematics

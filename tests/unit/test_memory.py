@@ -8,7 +8,19 @@ import torch
 from helpers import LAYER, lora, task
 from torch import nn
 
-from ssr_core import MemoryBudgetError, Tap, Target, build_stacks, check_memory, memory_need
+from ssr_core import (
+    MOMENTS_REMEDY,
+    InputCollector,
+    InputLayer,
+    MemoryBudgetError,
+    MomentOptions,
+    Tap,
+    Target,
+    build_stacks,
+    check_memory,
+    memory_need,
+    moments_need,
+)
 from ssr_core.calibration import Calibrator
 
 ALONE, SLICE = Target("alone"), Target("qkv", (4, 4))
@@ -109,3 +121,22 @@ def test_a_task_leaves_nothing_on_the_device():
             assert [ref() for ref in gone] == [None] * (k + 1)
     finally:
         gc.enable()
+
+
+def test_input_moments_are_predicted_to_the_byte():
+    options = MomentOptions("tokens", exact_limit=16, sketch=5)
+    layers = [InputLayer(Target("a"), 8, 4), InputLayer(Target("b"), 40, 4), InputLayer(Target("c"), 40, 4)]
+    root = nn.ModuleDict({layer.target.module_path: nn.Linear(layer.in_features, 4) for layer in layers})
+    collector, kept, held = InputCollector(layers, options), 0, {}
+    for index in range(2):
+        with collector.task(index) as tap, tap.attached(root), torch.no_grad():
+            for layer in layers:
+                root[layer.target.module_path](torch.ones(3, layer.in_features))
+        found = collector.moments(index).values()
+        kept += sum(one.total.nbytes for one in found)
+        held = collector._matrices._ready
+    need = moments_need(layers, options, tasks=2)
+    assert need.host == kept
+    assert need.device == kept // 2 + sum(matrix.nbytes for matrix in held.values())
+    with pytest.raises(MemoryBudgetError, match="exact_limit"):
+        check_memory(need, need.device, need.host - 1, MOMENTS_REMEDY)

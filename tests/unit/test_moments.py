@@ -2,27 +2,14 @@
 
 import pytest
 import torch
+from helpers import F64, SKETCH, TOKENS, decaying, linear64, moments_of, patches, randn, rel
 from torch import nn
 
 from ssr_core import CalibrationError, TextRows
 from ssr_core.input_hooks import InputLayer, SharingError
 from ssr_core.input_taps import InputCollector
-from ssr_core.moments import InputMoments, MomentOptions, MomentsAccumulator, sketch_matrix
+from ssr_core.moments import InputMoments, MomentOptions
 from ssr_core.targets import Target
-
-from .helpers import F64, linear64, patches, randn, rel
-
-TOKENS = MomentOptions("tokens")
-SKETCH = MomentOptions("tokens", exact_limit=0, sketch=12)
-
-
-def moments_of(x, options=TOKENS, weight=None):
-    """Moments of (S, T, d) inputs without any hook."""
-    columns = options.columns(x.shape[-1])
-    omega = None if columns == x.shape[-1] else sketch_matrix(x.shape[-1], columns).to(x.dtype)
-    accumulator = MomentsAccumulator(x.shape[-1], options, omega, x.device, x.dtype)
-    accumulator.add([x], weight)
-    return accumulator.result()
 
 
 def gather(root, layers, run, options=TOKENS, **more):
@@ -30,12 +17,6 @@ def gather(root, layers, run, options=TOKENS, **more):
     with collector.task(0) as tap, tap.attached(root):
         run(tap)
     return collector.moments(0)
-
-
-def decaying(seed, count, width, rate):
-    """(1, N, d) inputs whose spectrum falls off by `rate` a direction."""
-    basis = torch.linalg.qr(randn(seed, width, width))[0]
-    return (randn(seed + 1, count, width) * rate ** torch.arange(width, dtype=F64) @ basis.T)[None]
 
 
 def test_exact_moments_are_the_dense_product():

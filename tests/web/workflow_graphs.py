@@ -181,4 +181,66 @@ GRAPHS = {
             "files, give each SSR Merge a list of its own.",
         ),
     ],
+    "osrm_refit": [
+        *SDXL,
+        ONE,
+        TWO,
+        ("refit", "SSROSRMRefit", 440, 150, {"width": 512, "height": 512}, MERGE, None),
+        ("report", "PreviewAny", 440, 1000, {}, {"source": "refit.2"}, "What the refit costs"),
+        (
+            "merge",
+            "SSRMerge",
+            900,
+            700,
+            {"width": 512, "height": 512},
+            {"model": "ckpt.0", "clip": "ckpt.1", "loras.lora0": "refit.0"},
+            None,
+        ),
+        *[
+            (n, t, x + 440, y, w, li, ti)
+            for n, t, x, y, w, li, ti in sampling(
+                "a", "merge.0", "merge.1", "ckpt.2", 0, "a photo of sks dog and zwx cat sitting together on a sofa"
+            )
+        ],
+        note(
+            "note",
+            0,
+            -190,
+            "**OSRM Refit.** Each LoRA gives up what the other's prompts use more than its own. Read the report, then "
+            "merge the refit LoRAs in any mode, or connect `lora_models` to SSR Save LoRA.",
+        ),
+    ],
+    "osrm_train": [
+        *SDXL,
+        (
+            "init",
+            "SSROSRMInit",
+            0,
+            200,
+            {"prompts": "a photo of zwx cat\nzwx cat lying on a sofa", "filename_prefix": "sks_dog"},
+            {"model": "ckpt.0", "clip": "ckpt.1"},
+            "The OTHER LoRA's prompts",
+        ),
+        ("report", "PreviewAny", 0, 1000, {}, {"source": "init.2"}, "Where it starts"),
+        ("image", "LoadImage", 480, -60, {}, {}, "A picture to train on"),
+        ("encode", "VAEEncode", 840, -60, {}, {"pixels": "image.0", "vae": "ckpt.2"}, None),
+        ("text", "CLIPTextEncode", 480, 400, {"text": "a photo of sks dog"}, {"clip": "ckpt.1"}, "Its caption"),
+        (
+            "train",
+            "TrainLoraNode",
+            900,
+            120,
+            {"steps": 100},
+            {"model": "ckpt.0", "latents": "encode.0", "positive": "text.0", "existing_lora": "init.0"},
+            None,
+        ),
+        ("save", "SaveLoRA", 1340, 120, {"prefix": "loras/sks_dog"}, {"lora": "train.0", "steps": "train.2"}, None),
+        note(
+            "note",
+            0,
+            -280,
+            "**Train a LoRA that will merge well.** OSRM Init writes a start that keeps out of what the other LoRAs' "
+            "prompts use; core's Train LoRA goes on from there.",
+        ),
+    ],
 }
