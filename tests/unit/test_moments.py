@@ -8,7 +8,7 @@ from torch import nn
 from ssr_core import CalibrationError, TextRows
 from ssr_core.input_hooks import InputLayer, SharingError
 from ssr_core.input_taps import InputCollector
-from ssr_core.moments import InputMoments, MomentOptions
+from ssr_core.moments import InputMoments, MomentOptions, MomentsAccumulator
 from ssr_core.targets import Target
 
 
@@ -144,6 +144,7 @@ def test_layers_that_part_ways_are_gathered_again_without_sharing():
 CONVOLUTIONS = [
     (nn.Conv2d(3, 4, 3, stride=2, padding=1), (9, 8)),
     (nn.Conv2d(2, 4, (3, 1), padding="same", padding_mode="circular"), (5, 6)),
+    (nn.Conv2d(3, 4, (3, 5), padding=(0, 2)), (6, 7)),
     (nn.Conv1d(3, 4, 3, dilation=2, padding=2), (11,)),
     (nn.Conv3d(2, 3, (1, 2, 2), stride=(1, 2, 2)), (3, 4, 6)),
 ]
@@ -190,6 +191,29 @@ def test_padding_rows_are_weighted_as_in_calibration():
 
     found = gather(root, [InputLayer(Target("txt_in"), 5, 5)], run, padding="exclude")
     assert rel(found[Target("txt_in")].total, x[0, :2].T @ x[0, :2]) < 1e-12
+
+
+def test_siblings_whose_rows_count_differently_do_not_share():
+    root = nn.ModuleDict({"txt": linear64(5, 5), "img": linear64(5, 5)})
+    x, real = randn(17, 1, 6, 5), torch.tensor([True, True, False, False, False, False])
+
+    def run(tap):
+        tap.describe_text(TextRows(real))
+        for layer in root.values():
+            layer(x)
+
+    found = gather(root, [InputLayer(Target(name), 5, 5) for name in root], run, padding="exclude")
+    assert rel(found[Target("txt")].total, x[0, :2].T @ x[0, :2]) < 1e-12
+    assert rel(found[Target("img")].total, x[0].T @ x[0]) < 1e-12
+
+
+@pytest.mark.parametrize("features", ["tokens", "means"])
+def test_pieces_of_a_long_sequence_get_their_own_weights(features):
+    x, weight = randn(20, 2, 30, 5), torch.rand(2, 30, generator=torch.Generator().manual_seed(2), dtype=F64)
+    whole = moments_of(x, MomentOptions(features), weight)
+    pieces = MomentsAccumulator(5, MomentOptions(features), None, x.device, x.dtype)
+    pieces.add(x.split(7, dim=1), weight)
+    assert rel(pieces.result().total, whole.total) < 1e-12
 
 
 class Cancelled(BaseException):

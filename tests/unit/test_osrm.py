@@ -91,3 +91,12 @@ def test_starts_with_another_salt_are_other_bases():
 def test_more_rows_than_inputs_are_refused():
     with pytest.raises(IncompatibleError, match="orthonormal"):
         analytic_down(moments_of(randn(0, 1, 9, 3)), 4, rng(0))
+
+
+def test_the_report_bounds_what_a_sketched_layer_may_see():
+    x = decaying(10, 300, 60, 0.95)
+    result = osrm_init([InputLayer(LAYER, 60, 7)], [{LAYER: moments_of(x, SKETCH)}], 4, dtype=F64)
+    truth = float((x[0] @ result.layers[LAYER].down.T).square().sum() / x.square().sum()) * 60 / 4
+    (report,) = result.reports
+    assert report.seen < 1e-6 < truth <= report.bound
+    assert "at most" in init_markdown(result, 4, ["x"])
