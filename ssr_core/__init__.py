@@ -6,14 +6,7 @@ few calls that a merge takes.
 
 from .adapters import RESTS, Adapter, Conversion, ConvertOptions, DenseGroup, KeyRecord, LoRALayer, Rest
 from .advice import prompt_warnings
-from .calibration import (
-    Calibration,
-    Calibrator,
-    TaskRecord,
-    assemble,
-    calibrate,
-    records_of,
-)
+from .calibration import Calibration, Calibrator, assemble
 from .calibration_io import load_calibration, save_calibration
 from .conversion import Converted, convert, converted_groups
 from .emit import KEY_STYLES, KeyStyle, change_tensors, to_tensors
@@ -28,6 +21,7 @@ from .errors import (
 from .files import atomic_path, content_hash, read_safetensors, tensors_hash, write_safetensors
 from .forward import ForwardLoRA
 from .gram import GramStats
+from .headless import calibrate
 from .input_hooks import InputLayer, SharingError, input_layers, whole_module
 from .input_taps import InputCollector, InputTap
 from .memory import MOMENTS_REMEDY, MemoryNeed, check_memory, memory_need, moments_need
@@ -51,8 +45,11 @@ from .osrm_layer import REFIT_MODES, RefitMode, RefitOptions
 from .osrm_refit import RefitResult, osrm_refit, refit_markdown
 from .padding import PaddingMode, TextRows
 from .parse import read_adapter
+from .records import TaskRecord, records_of
 from .report import FileAccount, LayerReport, MergeReport
 from .router import ANCHORS, Anchor
+from .sampling import InputSample, ScoutOptions
+from .scout import Scout
 from .stacks import LayerStack, Task, build_stacks
 from .taps import Tap
 from .targets import KeyMap, KeyTarget, Part, Target
@@ -84,6 +81,7 @@ __all__ = [
     "InputCollector",
     "InputLayer",
     "InputMoments",
+    "InputSample",
     "InputTap",
     "KEY_STYLES",
     "KeyMap",
@@ -113,6 +111,8 @@ __all__ = [
     "Rest",
     "SSRMerge",
     "SSRMergeError",
+    "Scout",
+    "ScoutOptions",
     "SharingError",
     "SolveError",
     "SumMerge",

@@ -2,53 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .adapters import ConvertOptions
 from .errors import CalibrationError, IncompatibleError
 from .gram import GramAccumulator, GramStats
 from .padding import PaddingMode
+from .records import TaskRecord, records_of
 from .stacks import LayerStack, Task
 from .taps import Tap
-from .targets import Part, Target
+from .targets import Target
 
 SAME_BASIS = 1e-3
 """Relative difference of signatures up to which two bases count as the same (rounding stays far below)."""
-
-
-@dataclass(frozen=True)
-class TaskRecord:
-    """Which LoRA, at which strength, with which prompts a column of the statistics belongs to.
-
-    Attributes:
-        name: Name of the LoRA when it was calibrated.
-        fingerprint: sha256 of its content.
-        strength_model: Strength on the diffusion model during calibration.
-        strength_clip: Strength on the text encoder during calibration.
-        prompts: The calibration prompts; for a CONDITIONING input, its content hash.
-        convert_options: How its changes that are not low-rank were converted, if they were.
-    """
-
-    name: str
-    fingerprint: str
-    strength_model: float
-    strength_clip: float
-    prompts: tuple[str, ...]
-    convert_options: ConvertOptions | None = None
-
-    def strength(self, part: Part) -> float:
-        """Strength on one part of the model during calibration."""
-        return self.strength_model if part == "model" else self.strength_clip
-
-    @property
-    def identity(self) -> tuple[str, tuple[str, ...]]:
-        """What makes two tasks the same: content and prompts."""
-        return (self.fingerprint, self.prompts)
 
 
 @dataclass(frozen=True)
@@ -131,6 +101,12 @@ class Calibration:
                 layer=str(stack.target),
                 remedy="calibrate again.",
             )
+        if picked.readers is not None and picked.readers.shape[1] != stack.in_features:
+            raise IncompatibleError(
+                f"its readers read {picked.readers.shape[1]} inputs, the LoRAs {stack.in_features}.",
+                layer=str(stack.target),
+                remedy="calibrate again.",
+            )
         self._check_signature(stack, origin, [known.index(index) for index in wanted], stats.ranks)
         return picked
 
@@ -154,27 +130,30 @@ class Calibrator:
     Args:
         stacks: The stacks of one part of the model; those that hooks cannot watch are left out.
         padding: How padded text tokens count.
+        readers: (E, in) orthonormal rows that routers may read beside a stack's own (`Scout.readers`).
     """
 
-    def __init__(self, stacks: Sequence[LayerStack], padding: PaddingMode = "balance") -> None:
+    def __init__(
+        self,
+        stacks: Sequence[LayerStack],
+        padding: PaddingMode = "balance",
+        readers: Mapping[Target, Tensor] | None = None,
+    ) -> None:
         self.stacks = [stack for stack in stacks if stack.tapped]
         self.padding: PaddingMode = padding
+        routed = {stack.target for stack in self.stacks if len(stack.blocks) > 1}
+        self.readers = {target: rows for target, rows in (readers or {}).items() if target in routed and len(rows)}
         self._done: dict[tuple[Target, int], GramAccumulator] = {}
 
     @contextmanager
     def task(self, index: int) -> Iterator[Tap]:
         """A tap for one task's passes; its statistics count only if the block succeeds."""
-        tap = Tap(self.stacks, index, self.padding)
+        tap = Tap(self.stacks, index, self.padding, self.readers)
         yield tap
         for target, accumulator in tap.accumulators():
             accumulator.to_host()
             self._done[(target, index)] = accumulator
-        if tap.paths and not tap.calls:
-            raise CalibrationError(
-                f"none of the {len(tap.paths)} layers of LoRA number {index + 1} ran in its calibration pass.",
-                remedy="use at least one step, a CONDITIONING that is active at the calibration's noise level, and a "
-                "MODEL that is not compiled or replaced by another engine.",
-            )
+        check_ran(tap, index)
 
     def result(self) -> dict[Target, GramStats]:
         """Statistics of every stack with two or more tasks; a layer that never ran has zero tokens.
@@ -185,8 +164,9 @@ class Calibrator:
         for stack in self.stacks:
             if len(stack.blocks) < 2:
                 continue
-            ranks = stack.basis_ranks
-            empty = torch.zeros(sum(ranks), sum(ranks))
+            ranks, readers = stack.basis_ranks, self.readers.get(stack.target)
+            size = sum(ranks) + (0 if readers is None else len(readers))
+            empty = torch.zeros(size, size)
             # popped: two copies of all statistics would be alive otherwise
             found = [self._done.pop((stack.target, task), None) for task in stack.tasks]
             stats[stack.target] = GramStats(
@@ -194,8 +174,23 @@ class Calibrator:
                 torch.tensor([0.0 if one is None else float(one.tokens) for one in found], dtype=torch.float64),
                 torch.tensor([0 if one is None else int(one.nonfinite) for one in found], dtype=torch.int64),
                 ranks,
+                readers,
             )
         return stats
+
+
+def check_ran(tap: Tap, index: int) -> None:
+    """Refuse passes that reached no layer of their LoRA.
+
+    Raises:
+        CalibrationError: Says what may be the reason.
+    """
+    if tap.paths and not tap.calls:
+        raise CalibrationError(
+            f"none of the {len(tap.paths)} layers of LoRA number {index + 1} ran in its calibration pass.",
+            remedy="use at least one step, a CONDITIONING that is active at the calibration's noise level, and a "
+            "MODEL that is not compiled or replaced by another engine.",
+        )
 
 
 def _widest(found: Sequence[GramAccumulator | None]) -> torch.dtype:
@@ -221,44 +216,3 @@ def assemble(
         dict(settings or {}),
         {target: stacks[target].signature for target in stats},
     )
-
-
-def records_of(tasks: Sequence[Task]) -> tuple[TaskRecord, ...]:
-    """Records of tasks as they are being calibrated."""
-    return tuple(
-        TaskRecord(
-            t.name, t.adapter.fingerprint, t.strength_model, t.strength_clip, t.prompts, t.adapter.convert_options
-        )
-        for t in tasks
-    )
-
-
-def calibrate(
-    root: nn.Module,
-    tasks: Sequence[Task],
-    stacks: Sequence[LayerStack],
-    run_pass: Callable[[int, Tap], None],
-    *,
-    padding: PaddingMode = "balance",
-) -> Calibration:
-    """Calibrate a plain PyTorch model (no ComfyUI).
-
-    Args:
-        root: The module that the targets' paths start from.
-        tasks: The LoRAs.
-        stacks: `build_stacks(tasks)`.
-        run_pass: Runs the model on task i's prompts; the hooks are attached while it runs. All tasks
-            must see the same noise: other noise is a difference that the router would learn.
-        padding: How padded text tokens count.
-
-    Returns:
-        The calibration.
-
-    Raises:
-        CalibrationError: A pass reached no layer of its LoRA, or a layer does not fit.
-    """
-    calibrator = Calibrator(stacks, padding)
-    for index in range(len(tasks)):
-        with calibrator.task(index) as tap, tap.attached(root):
-            run_pass(index, tap)
-    return assemble(tasks, [calibrator])

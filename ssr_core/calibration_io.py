@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from .adapters import RESTS, ConvertOptions
-from .calibration import Calibration, TaskRecord
+from .calibration import Calibration
 from .errors import CalibrationError, FileError
 from .files import atomic_path, json_text, read_safetensors, write_safetensors
 from .finite import all_finite
 from .gram import GramStats
+from .records import TaskRecord
 from .targets import Target
 
 FORMAT = "ssr_calibration"
-VERSION = 1
+VERSION = 2
+"""Of files with readers. Those without are written as version 1, which knows none: older releases read them."""
 
 
 def save_calibration(calibration: Calibration, path: Path, overwrite: bool = False) -> None:
@@ -32,11 +34,13 @@ def save_calibration(calibration: Calibration, path: Path, overwrite: bool = Fal
     tensors: dict[str, Tensor] = {}
     stacks: list[dict[str, object]] = []
     for index, (target, stats) in enumerate(calibration.stats.items()):
-        size = sum(stats.ranks)
+        size = stats.gram.shape[1]
         rows, columns = torch.triu_indices(size, size)
         tensors[f"{index}.gram"] = stats.gram.flatten(1).index_select(1, rows * size + columns)
         tensors[f"{index}.tokens"] = stats.tokens
         tensors[f"{index}.nonfinite"] = stats.nonfinite
+        if stats.readers is not None:
+            tensors[f"{index}.readers"] = stats.readers
         if target in calibration.signatures:
             tensors[f"{index}.signature"] = calibration.signatures[target]
         stacks.append(
@@ -49,7 +53,7 @@ def save_calibration(calibration: Calibration, path: Path, overwrite: bool = Fal
             }
         )
     header = {
-        "version": VERSION,
+        "version": 1 if all(stats.readers is None for stats in calibration.stats.values()) else VERSION,
         "tasks": [asdict(record) for record in calibration.tasks],
         "stacks": stacks,
         "model": calibration.model,
@@ -72,9 +76,9 @@ def load_calibration(path: Path) -> Calibration:
         )
     try:
         header: dict[str, Any] = json.loads(metadata[FORMAT])
-        if header["version"] != VERSION:
+        if header["version"] not in range(1, VERSION + 1):
             raise FileError(
-                f"calibration format {header['version']}, this version reads {VERSION}.",
+                f"calibration format {header['version']}, this version reads up to {VERSION}.",
                 file=path.name,
                 remedy="calibrate again, or update SSR-Merge.",
             )
@@ -140,20 +144,23 @@ def _stack(
     ranks = tuple(int(rank) for rank in stack["ranks"])
     members = tuple(int(task) for task in stack["tasks"])
     packed = tensors[f"{index}.gram"]
-    size = sum(ranks)
+    readers = tensors.get(f"{index}.readers")
+    size = sum(ranks) + (0 if readers is None else len(readers))
     if len(members) != len(ranks) or any(not 0 <= m < tasks for m in members) or not ranks or min(ranks) < 0:
         raise ValueError(f"layer {target}")
     if packed.shape != (len(ranks), size * (size + 1) // 2) or packed.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"Grams of {target} have the shape {tuple(packed.shape)}")
     if not all_finite(packed):
         raise ValueError(f"Grams of {target} are not finite")
+    if readers is not None and (readers.ndim != 2 or not readers.is_floating_point() or not all_finite(readers)):
+        raise ValueError(f"readers of {target}")
     if size not in places:  # most layers are of one rank
         places[size] = _places(size)
     gram = packed.index_select(1, places[size]).view(len(ranks), size, size)
     tokens, nonfinite = tensors[f"{index}.tokens"].double(), tensors[f"{index}.nonfinite"].long()
     if not bool(torch.isfinite(tokens).all()) or bool((tokens < 0).any()) or bool((nonfinite < 0).any()):
         raise ValueError(f"token counts of {target}")
-    return target, members, GramStats(gram, tokens, nonfinite, ranks)
+    return target, members, GramStats(gram, tokens, nonfinite, ranks, readers)
 
 
 def _places(size: int) -> Tensor:

@@ -4,6 +4,9 @@ With `B` the stacked ups, `M` a router, `E_k` the selector of block k and `W = B
     energy of task k          = tr(B E_k S_k E_k B^T)
     error of M on task k      = tr(B (M - E_k) S_k (M - E_k)^T B^T)
     branch j under task i     = tr(W_jj [M S_i M^T]_jj)          (SSR-Merge, Figure 1)
+
+A router that has readers is (R, R + E), its Grams are (K, R + E, R + E), and E_k selects from all of
+them. A diagonal one reads the R coordinates of the blocks alone.
 """
 
 from __future__ import annotations
@@ -31,13 +34,14 @@ class RoutingError:
 
 
 def routed_signals(router: Tensor, grams: Tensor) -> Tensor:
-    """M S_k for every task, (K, R, R): the only cubic part of all diagnostics of one router.
+    """M S_k for every task, (K, R, columns of M): the only cubic part of all diagnostics of one router.
 
     Args:
-        router: (R, R), or (R,) for a diagonal router, which costs no matrix product.
-        grams: (K, R, R).
+        router: (R, R + E), or (R,) for a diagonal router, which costs no matrix product.
+        grams: (K, R + E, R + E).
     """
-    return router[None, :, None] * grams if router.ndim == 1 else router @ grams
+    size = router.shape[0]
+    return router[None, :, None] * grams[:, :size, :size] if router.ndim == 1 else router @ grams
 
 
 def routing_error(
@@ -46,8 +50,8 @@ def routing_error(
     """Error of any router M on every task.
 
     Args:
-        router: (R, R), or (R,) for a diagonal one.
-        grams: (K, R, R), scaled as the caller wants tasks and tokens weighted.
+        router: (R, R + E), or (R,) for a diagonal one.
+        grams: (K, R + E, R + E), scaled as the caller wants tasks and tokens weighted.
         ranks: Rows of each block.
         up_gram: (R, R), `B^T B`.
         signals: `routed_signals(router, grams)` if the caller has it.

@@ -16,24 +16,39 @@ class GramStats:
     """What calibration knows about one stack.
 
     Attributes:
-        gram: (K, R, R), float32 or float64: `S_k = Z_k Z_k^T`, one for each block of the stack, in
-            the stack's orthonormal coordinates.
+        gram: (K, R + E, R + E), float32 or float64: `S_k = Z_k Z_k^T`, one for each block of the stack,
+            in the stack's orthonormal coordinates and, after them, those of the readers.
         tokens: (K,) float64, number of (weighted) tokens in each S_k.
         nonfinite: (K,) int64, tokens left out because a coordinate was NaN or infinite.
         ranks: Rows that each block contributes to R.
+        readers: (E, in), orthonormal rows outside the stack's row space: what a router may read beside
+            the LoRAs' own coordinates. None where it reads nothing else.
     """
 
     gram: Tensor
     tokens: Tensor
     nonfinite: Tensor
     ranks: tuple[int, ...]
+    readers: Tensor | None = None
 
     def __post_init__(self) -> None:
-        k, r = len(self.ranks), sum(self.ranks)
+        k, r = len(self.ranks), sum(self.ranks) + self.reader_rows
         if self.gram.shape != (k, r, r) or self.tokens.shape != (k,) or self.nonfinite.shape != (k,):
             raise CalibrationError(
                 f"statistics of shape {tuple(self.gram.shape)} do not belong to {k} LoRAs of ranks {self.ranks}."
             )
+
+    @property
+    def reader_rows(self) -> int:
+        """E."""
+        return 0 if self.readers is None else self.readers.shape[0]
+
+    def without_readers(self) -> GramStats:
+        """Statistics of the blocks' own coordinates, for methods that read nothing else."""
+        if self.readers is None:
+            return self
+        size = sum(self.ranks)
+        return GramStats(self.gram[:, :size, :size], self.tokens, self.nonfinite, self.ranks)
 
     @property
     def complete(self) -> bool:
@@ -43,15 +58,16 @@ class GramStats:
     def subset(self, blocks: Sequence[int]) -> GramStats:
         """Statistics of some of the blocks, as if the others had never been there.
 
-        The passes of the remaining tasks ran alone, so nothing of a dropped one is left in them.
+        The passes of the remaining tasks ran alone, so nothing of a dropped one is left in them. The
+        readers stay: any rows may be read.
         """
         starts = [sum(self.ranks[:i]) for i in range(len(self.ranks))]
-        index = torch.cat(
-            [torch.arange(starts[b], starts[b] + self.ranks[b]) for b in blocks] or [torch.zeros(0, dtype=torch.long)]
-        )
+        rows = [torch.arange(starts[b], starts[b] + self.ranks[b]) for b in blocks]
+        index = torch.cat([*rows, torch.arange(sum(self.ranks), self.gram.shape[1])])
         picked = torch.tensor(list(blocks), dtype=torch.long)
         gram = self.gram[picked][:, index][:, :, index]
-        return GramStats(gram, self.tokens[picked], self.nonfinite[picked], tuple(self.ranks[b] for b in blocks))
+        ranks = tuple(self.ranks[b] for b in blocks)
+        return GramStats(gram, self.tokens[picked], self.nonfinite[picked], ranks, self.readers)
 
 
 _CHUNK = 16384

@@ -10,6 +10,7 @@ import torch
 from .errors import MemoryBudgetError
 from .input_hooks import InputLayer
 from .moments import MomentOptions
+from .sampling import ScoutOptions
 from .stacks import LayerStack
 
 
@@ -18,30 +19,58 @@ class MemoryNeed:
     """Bytes that calibration will hold.
 
     Attributes:
-        device: On the compute device: stacked downs, one set of Grams, the active ups.
-        host: In main memory: one Gram for each LoRA and layer, and the orthonormal coordinates.
+        device: On the compute device: stacked downs, one set of Grams, the active ups; with a scout the
+            readers too, or its samples where they are larger than the Grams.
+        host: In main memory: one Gram for each LoRA and layer, and the orthonormal coordinates; with a
+            scout the readers too, and its samples where they are larger than the Grams.
     """
 
     device: int
     host: int
 
 
-def memory_need(stacks: Sequence[LayerStack], dtype: torch.dtype) -> MemoryNeed:
+def memory_need(stacks: Sequence[LayerStack], dtype: torch.dtype, scout: ScoutOptions | None = None) -> MemoryNeed:
     """Predict calibration's memory from shapes alone.
 
     Args:
         stacks: All stacks of one part.
         dtype: Of the activations; float16 ones are projected in float32.
+        scout: How readers are found, if they are.
     """
     itemsize = 4 if dtype == torch.float16 else dtype.itemsize
-    device = host = 0
+    device = host = grams = kept = 0
+    sampled: dict[str, tuple[int, int]] = {}
     for stack in (stack for stack in stacks if stack.tapped):
         ranks = stack.rank_bounds
         routed = len(ranks) > 1
         rank = sum(ranks) if routed else 0
-        device += itemsize * (sum(ranks) * stack.in_features + max(ranks) * stack.out_features) + 4 * rank * rank
-        host += 4 * len(ranks) * rank * rank + 4 * sum(ranks) * stack.in_features
-    return MemoryNeed(device, host)
+        readers = 0
+        if scout is not None and routed:
+            readers = min(rank if scout.limit is None else scout.limit, rank, stack.in_features)
+            tasks = max(len(ranks), sampled.get(stack.target.module_path, (0, 0))[0])
+            sampled[stack.target.module_path] = (tasks, (scout.tokens + 1) * stack.in_features * dtype.itemsize)
+        rows = sum(ranks) + readers
+        device += itemsize * (rows * stack.in_features + max(ranks) * stack.out_features)
+        host += 4 * rows * stack.in_features
+        grams += 4 * (rank + readers) ** 2
+        kept += 4 * len(ranks) * (rank + readers) ** 2
+    samples = sum(size for _, size in sampled.values())
+    return MemoryNeed(device + max(grams, samples), host + max(kept, sum(k * size for k, size in sampled.values())))
+
+
+LAYERS_AT_ONCE = 64
+"""Layers that a merge solves at once, at most."""
+
+
+def bytes_to_solve(stack: LayerStack, readers: int = 0) -> int:
+    """Grams and factors of one layer in float64."""
+    r = sum(stack.rank_bounds) + readers
+    return 8 * (r * r * (len(stack.blocks) + 4) + r * (stack.in_features + stack.out_features))
+
+
+def layers_at_once(largest: int) -> int:
+    """Layers that a merge solves at once, by the bytes that the largest needs: about 512 MiB."""
+    return max(1, min(LAYERS_AT_ONCE, (1 << 29) // max(1, largest)))
 
 
 def moments_need(layers: Sequence[InputLayer], options: MomentOptions, tasks: int) -> MemoryNeed:

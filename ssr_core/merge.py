@@ -17,6 +17,7 @@ from .canonical import balance
 from .errors import CalibrationError, IncompatibleError, SolveError
 from .finite import all_finite
 from .gram import GramStats
+from .memory import bytes_to_solve, layers_at_once
 from .methods import MergedFactors, MergeMethod, RoleMethod, routes
 from .report import LayerReport, MergeReport
 from .stacks import LayerStack, Task, build_stacks
@@ -24,9 +25,6 @@ from .targets import Target
 
 Unsupported = Literal["refuse", "pass_through"]
 Unseen = Literal["anchor", "refuse"]
-
-LAYERS_AT_ONCE = 64
-"""Layers solved between two calls of `tick`, at most."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +95,12 @@ def merge(
     layers: dict[Target, LoRALayer] = {}
     reports: list[LayerReport] = []
     apart: Separabilities = {}
-    order = sorted(shared, key=_bytes_to_solve, reverse=True)  # equal ranks together; the largest sizes a chunk
+    need = {stack.target: bytes_to_solve(stack, lookup.reader_rows(stack)) for stack in shared}
+    # equal ranks together; the largest sizes a chunk
+    order = sorted(shared, key=lambda stack: need[stack.target], reverse=True)
     at = 0
     while at < len(order):
-        chunk = order[at : at + _layers_at_once(order[at])]
+        chunk = order[at : at + layers_at_once(need[order[at].target])]
         tick(at, len(order))
         at += len(chunk)
         stats = [lookup.of(stack) for stack in chunk]
@@ -109,7 +109,8 @@ def merge(
             layers[stack.target] = _finish(stack, factors, out_dtype)
             reports.append(layer_report(stack, factors, one, method))
             if not isinstance(method, RoleMethod):
-                note_separability(apart, stack, one)
+                read = factors.view is not None and factors.view.router.shape[1] > len(factors.view.router)
+                note_separability(apart, stack, one if one is None or read else one.without_readers())
     tick(len(order), len(order))
     for stack in stacks:
         if len(stack.blocks) == 1:
@@ -194,6 +195,11 @@ class _Statistics:
         records = [self._calibration.tasks[self._records[task]] for task in stack.tasks]
         return all(record.strength(stack.target.part) != 0 for record in records)
 
+    def reader_rows(self, stack: LayerStack) -> int:
+        """Rows that statistics of a stack have beside its own, if there are any."""
+        stats = None if self._calibration is None else self._calibration.stats.get(stack.origin or stack.target)
+        return 0 if stats is None else stats.reader_rows
+
     def of(self, stack: LayerStack) -> GramStats | None:
         """Statistics of one stack, None without a calibration."""
         if self._calibration is None or (not self._needed and not self._covers(stack)):
@@ -208,17 +214,6 @@ class _Statistics:
                 remedy="set unseen_layers to anchor, or calibrate with a prompt and size that reach it.",
             )
         return stats
-
-
-def _bytes_to_solve(stack: LayerStack) -> int:
-    """Grams and factors of one layer in float64."""
-    r = sum(stack.rank_bounds)
-    return 8 * (r * r * (len(stack.blocks) + 4) + r * (stack.in_features + stack.out_features))
-
-
-def _layers_at_once(largest: LayerStack) -> int:
-    """Layers solved between two calls of `tick`: about 512 MiB."""
-    return max(1, min(LAYERS_AT_ONCE, (1 << 29) // max(1, _bytes_to_solve(largest))))
 
 
 def _input_dtype(tasks: Sequence[Task]) -> torch.dtype:

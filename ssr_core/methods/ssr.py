@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 from ..errors import SolveError
@@ -21,10 +22,14 @@ from .base import CanonicalProblem, MergedFactors, absorb, canonical_problem
 class SSRMerge:
     """Least-squares router, ridge relative to the mean signal, pulled toward an anchor.
 
+    Where the statistics have readers P the router reads `[basis; P] x`, and the result is
+    `up M [basis; P]`: M is the row-wise least squares over more inputs, the rank stays R.
+
     Attributes:
-        ridge: Fraction of the mean diagonal of G that is added to its diagonal; 0 is plain least
-            squares and needs more independent tokens than rank in every layer.
-        anchor: Router that directions without data keep.
+        ridge: Fraction of the mean diagonal of G (of its R coordinates, whatever the readers see) that
+            is added to its diagonal; 0 is plain least squares and needs more independent tokens than
+            rank and readers in every layer.
+        anchor: Router that directions without data keep; it takes nothing from readers.
         balance: Weight tasks equally instead of by their number of tokens.
     """
 
@@ -41,11 +46,11 @@ class SSRMerge:
         """Solve all layers, batched over those of equal rank."""
         answers: list[MergedFactors | None] = [None] * len(stacks)
         batches: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for index, stack in enumerate(stacks):
-            batches[(stack.rank, len(stack.blocks))].append(index)
-        for indices in batches.values():
-            for at in range(0, len(indices), _batch_size(stacks[indices[0]].rank)):
-                chunk = indices[at : at + _batch_size(stacks[indices[0]].rank)]
+        for index, (stack, one) in enumerate(zip(stacks, stats, strict=True)):
+            batches[(stack.rank + (0 if one is None else one.reader_rows), len(stack.blocks))].append(index)
+        for (size, _), indices in batches.items():
+            for at in range(0, len(indices), _batch_size(size)):
+                chunk = indices[at : at + _batch_size(size)]
                 for index, answer in zip(
                     chunk, self._solve([stacks[i] for i in chunk], [stats[i] for i in chunk], device), strict=True
                 ):
@@ -55,15 +60,15 @@ class SSRMerge:
     def _solve(
         self, stacks: Sequence[LayerStack], stats: Sequence[GramStats | None], device: torch.device
     ) -> list[MergedFactors]:
-        problems = [canonical_problem(s, one, device) for s, one in zip(stacks, stats, strict=True)]
+        problems = [canonical_problem(s, one, device, wide=True) for s, one in zip(stacks, stats, strict=True)]
         routers: list[tuple[Tensor, float]] = [(torch.zeros(0), 0.0)] * len(stacks)
-        by_size: dict[int, list[int]] = defaultdict(list)
+        by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index, problem in enumerate(problems):
-            by_size[sum(problem.ranks)].append(index)
-        for size, indices in by_size.items():
+            by_size[(sum(problem.ranks), _width(problem))].append(index)
+        for (size, width), indices in by_size.items():
             if size == 0:
                 for i in indices:
-                    routers[i] = (torch.zeros(0, 0, dtype=torch.float64, device=device), float("nan"))
+                    routers[i] = (torch.zeros(0, width, dtype=torch.float64, device=device), float("nan"))
                 continue
             terms = [self._terms(problems[i], stats[i]) for i in indices]
             q, g, anchor, mu = (torch.stack(parts) for parts in zip(*terms, strict=True))
@@ -78,17 +83,24 @@ class SSRMerge:
 
     def _terms(self, problem: CanonicalProblem, stats: GramStats | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Q, G, R0 and mu of one layer; a layer without data is its anchor."""
-        size = sum(problem.ranks)
+        size, width = sum(problem.ranks), _width(problem)
         if problem.grams is None or stats is None or not stats.complete:
-            grams = torch.zeros(len(problem.ranks), size, size, dtype=torch.float64, device=problem.ups.device)
+            grams = torch.zeros(len(problem.ranks), width, width, dtype=torch.float64, device=problem.ups.device)
         else:
             grams = pooled(problem.grams, stats.tokens.to(problem.grams.device), self.balance)
         g = correlation(grams)
         g = (g + g.T) / 2
-        unseen = g.diagonal().sum() == 0
-        mu = torch.where(unseen, torch.ones_like(g[0, 0]), self.ridge * g.diagonal().mean())
+        own = g.diagonal()[:size]
+        unseen = own.sum() == 0
+        mu = torch.where(unseen, torch.ones_like(g[0, 0]), self.ridge * own.mean())
         chosen: Anchor = "sum" if bool(unseen) and self.anchor == "zero" else self.anchor
-        return guide(grams, problem.ranks), g, anchor_router(chosen, grams, problem.ranks), mu
+        anchor = functional.pad(anchor_router(chosen, grams, problem.ranks), (0, width - size))
+        return guide(grams, problem.ranks), g, anchor, mu
+
+
+def _width(problem: CanonicalProblem) -> int:
+    """R + E."""
+    return sum(problem.ranks) + (0 if problem.readers is None else len(problem.readers))
 
 
 def _batch_size(rank: int) -> int:

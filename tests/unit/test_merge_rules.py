@@ -19,7 +19,7 @@ from ssr_core import (
     merge,
     merge_metadata,
 )
-from ssr_core.merge import _bytes_to_solve, _layers_at_once
+from ssr_core.memory import bytes_to_solve, layers_at_once
 
 OUT, IN, RANK = 7, 10, 3
 CLIP = Target("te", part="clip")
@@ -191,9 +191,9 @@ def test_a_chunk_never_holds_more_than_its_largest_layer_allows():
     """Small layers first would let one chunk take dozens of large ones."""
     layers = {Target(f"l{i}"): lora(i, 5, 600, 300 if i > 3 else 2) for i in range(8)}
     stacks = build_stacks([task(f"t{k}", layers) for k in range(3)])
-    order = sorted(stacks, key=_bytes_to_solve, reverse=True)
+    order = sorted(stacks, key=bytes_to_solve, reverse=True)
     assert [max(stack.rank_bounds) for stack in order] == [300] * 4 + [2] * 4
-    assert _layers_at_once(order[0]) * _bytes_to_solve(order[0]) <= 1 << 29
+    assert layers_at_once(bytes_to_solve(order[0])) * bytes_to_solve(order[0]) <= 1 << 29
     seen = []
     small = [task(f"t{k}", {Target(f"l{i}"): lora(i, 5, 6, 2) for i in range(3)}) for k in range(2)]
     merge(small, SumMerge(), tick=lambda done, total: seen.append((done, total)))

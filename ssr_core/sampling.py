@@ -1,0 +1,125 @@
+"""A few tokens of a layer's input, drawn from all calls of a pass in bounded memory.
+
+Priority sampling (Duffield, Lund, Thorup 2007): a token of weight w draws u from (0, 1) and has
+priority `w / u`; the n highest are kept, and stand for all with the weights `max(w, tau)`, tau the
+highest priority that was not kept. Weighted sums over the sample are then unbiased, and exact as
+long as there are no more than n tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import CalibrationError
+
+_BITS = 23
+"""Of a drawn number: with half a step added it is exact in float32, and neither 0 nor 1."""
+
+
+@dataclass(frozen=True)
+class ScoutOptions:
+    """How readers are found.
+
+    Attributes:
+        tokens: Tokens n that are kept of each layer and task.
+        ridge: Of the regression, as a fraction of the mean squared norm of its weighted tokens.
+        limit: Most readers of a stack; None allows as many as the stack has coordinates.
+        seed: Of the sampling.
+
+    Raises:
+        CalibrationError: A value that leaves nothing to solve.
+    """
+
+    tokens: int = 256
+    ridge: float = 0.1
+    limit: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or not self.ridge > 0 or (self.limit is not None and self.limit < 0):
+            raise CalibrationError(
+                f"no readers can be found with {self}.",
+                remedy="use at least one token, a ridge above 0 and a limit of 0 or more.",
+            )
+
+
+@dataclass(frozen=True)
+class InputSample:
+    """Tokens of one layer's input during one task.
+
+    Attributes:
+        rows: (m, d), at most n tokens in the dtype of the activations.
+        weights: (m,) float64, positive: how many tokens each one stands for.
+    """
+
+    rows: Tensor
+    weights: Tensor
+
+
+class TokenSampler:
+    """Draws the sample of one layer during one task's passes; stays on the device and never waits for it.
+
+    The same token of the same calls draws the same number whatever the device, the layer or the task
+    is: where the calls are alike, all tasks are seen at the same places.
+    """
+
+    def __init__(self, options: ScoutOptions) -> None:
+        self._options = options
+        self._seen = 0
+        # one more than is kept: the last one's priority is tau
+        self._rows: Tensor | None = None
+        self._priorities = torch.zeros(0)
+        self._weights = torch.zeros(0)
+
+    def add(self, chunks: Iterable[Tensor], usable: Tensor, weight: Tensor | None = None) -> None:
+        """Offer the tokens of one call.
+
+        Args:
+            chunks: (S, T_i, d) each: the tokens of S samples, piece by piece.
+            usable: (S * T,) bool, False for tokens to leave out.
+            weight: (S * T,) non-negative weight of each token, or None for 1.
+        """
+        weights = usable.to(torch.float32) if weight is None else torch.where(usable, weight.to(torch.float32), 0.0)
+        priorities = weights / _uniform(self._seen, len(usable), self._options.seed, usable.device)
+        self._seen += len(usable)
+        at = 0
+        for chunk in chunks:
+            samples, count = chunk.shape[:2]
+            mine = [part.view(samples, -1)[:, at : at + count].flatten() for part in (priorities, weights)]
+            self._offer(chunk.flatten(0, 1), *mine)
+            at += count
+
+    def _offer(self, rows: Tensor, priorities: Tensor, weights: Tensor) -> None:
+        room = self._options.tokens + 1
+        best, order = priorities.topk(min(room, len(priorities)))
+        rows, weights = rows[order], weights[order]
+        if self._rows is not None:
+            rows, weights = torch.cat([self._rows, rows]), torch.cat([self._weights, weights])
+            best, order = torch.cat([self._priorities, best]).topk(min(room, len(rows)))
+            rows, weights = rows[order], weights[order]
+        self._rows, self._priorities, self._weights = rows, best, weights
+
+    def result(self) -> InputSample | None:
+        """What was drawn, in main memory; None if there was no token to draw."""
+        keep = self._options.tokens
+        weights, priorities = self._weights.cpu().double(), self._priorities.cpu().double()
+        threshold = priorities[keep] if len(priorities) > keep else priorities.new_zeros(())
+        drawn = (priorities > 0)[:keep]
+        if self._rows is None or not bool(drawn.any()):
+            return None
+        estimated = torch.maximum(weights[:keep][drawn], threshold)
+        return InputSample(self._rows[:keep].cpu()[drawn].clone(), estimated)
+
+
+def _uniform(start: int, count: int, seed: int, device: torch.device) -> Tensor:
+    """(count,) float32 in (0, 1): a hash of the tokens' numbers from `start` on, the same on every device."""
+    x = (torch.arange(start, start + count, device=device) + 0x9E3779B9 * (seed + 1)) & 0xFFFFFFFF
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # Wellons' lowbias32
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    x = x ^ (x >> 16)
+    uniform: Tensor = ((x >> (32 - _BITS)).to(torch.float32) + 0.5) / 2**_BITS
+    return uniform
