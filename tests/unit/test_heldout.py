@@ -10,6 +10,7 @@ from demo.loras import SIGMA, layer_inputs, noise, plant_loras, write_lora
 from demo.model import StubTransformer, key_map
 from ssr_core import (
     AverageMerge,
+    ScoutOptions,
     SSRMerge,
     SumMerge,
     Task,
@@ -78,6 +79,27 @@ def test_demo_world(tmp_path, seed):
         ]
         errors[method.name] = (sum(e**2 for e in by_layer) / len(by_layer)) ** 0.5
     assert errors["ssr"] < 0.85 * min(errors["sum"], errors["average"]), errors
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_readers_help_on_noise_that_neither_scout_nor_calibration_saw(tmp_path, seed):
+    model, tasks = planted(tmp_path, seed)
+
+    def run_pass(index, tap):
+        for one in (10, 11):
+            model(noise(one), SIGMA, list(tasks[index].prompts))
+
+    alone = [dense(model, task.adapter.layers) for task in tasks]
+    tokens = [inputs_alone(model, task, seed=99) for task in tasks]
+    errors = []
+    for scout in (None, ScoutOptions(tokens=64)):
+        calibration = calibrate(model, tasks, build_stacks(tasks), run_pass, scout=scout)
+        merged = dense(model, merge(tasks, SSRMerge(), calibration).layers)
+        by_layer = [
+            output_error(merged[path], [one[path] for one in alone], [x[path] for x in tokens]) for path in merged
+        ]
+        errors.append((sum(e**2 for e in by_layer) / len(by_layer)) ** 0.5)
+    assert errors[1] < 0.95 * errors[0], errors
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -2,9 +2,11 @@
 
 import math
 
+import pytest
 import torch
 from helpers import F64, conflicting_tasks, linear64, lora, patches, randn, task
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssr_core import Scout, ScoutOptions, Target, TextRows, build_stacks
 from ssr_core.sampling import TokenSampler
@@ -116,3 +118,24 @@ def test_what_is_kept_is_bounded_and_as_narrow_as_the_activations():
     scout = scouted(root, tasks, lambda index, tap: [root["layer"](x) for _ in range(5)], ScoutOptions(tokens=16))
     assert all(one.rows.dtype == torch.bfloat16 and one.rows.shape == (16, IN) for one in scout._done.values())
     assert all(one.rows.untyped_storage().nbytes() == 2 * 16 * IN for one in scout._done.values())
+
+
+class NoLooking(TorchDispatchMode):
+    """Refuses what makes the host wait for a device: reading a value, or counting where a mask is True."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique"), name
+        masks = [one for one in args[1] if one is not None and one.dtype == torch.bool] if name == "index" else []
+        assert not masks, "indexed with a mask"
+        return func(*args, **(kwargs or {}))
+
+
+def test_drawing_never_waits_for_the_device():
+    sampler, weight = TokenSampler(ScoutOptions(tokens=4)), torch.rand(9, generator=torch.Generator().manual_seed(0))
+    with NoLooking():
+        for _ in range(3):
+            sampler.add([numbered(9)[None]], torch.ones(9, dtype=torch.bool), weight)
+    assert len(sampler.result().rows) == 4
+    with pytest.raises(AssertionError), NoLooking():
+        sampler.result()

@@ -52,6 +52,8 @@ def wide(tasks, tokens=TOKENS, **options):
         base, out = root["layer"].weight, root["layer"](tokens[index])
         down, up = factors_of(tasks)[index]
         assert rel(out - root["layer"].bias, tokens[index] @ (base + up @ down).T) < 1e-12
+        assert len(list(tap.samples())) + len(list(tap.accumulators())) == 1
+        assert bool(list(tap.samples())) == tap.scouting
 
     calibration = calibrate(root, tasks, build_stacks(tasks), run_pass, scout=ScoutOptions(**options))
     return calibration, run
