@@ -39,7 +39,8 @@ def memory_need(stacks: Sequence[LayerStack], dtype: torch.dtype, scout: ScoutOp
     """
     itemsize = 4 if dtype == torch.float16 else dtype.itemsize
     device = host = grams = kept = 0
-    sampled: dict[str, tuple[int, int]] = {}
+    samples: dict[str, int] = {}
+    sampled: dict[str, set[int]] = {}
     for stack in (stack for stack in stacks if stack.tapped):
         ranks = stack.rank_bounds
         routed = len(ranks) > 1
@@ -47,15 +48,16 @@ def memory_need(stacks: Sequence[LayerStack], dtype: torch.dtype, scout: ScoutOp
         readers = 0
         if scout is not None and routed:
             readers = min(rank if scout.limit is None else scout.limit, rank, stack.in_features)
-            tasks = max(len(ranks), sampled.get(stack.target.module_path, (0, 0))[0])
-            sampled[stack.target.module_path] = (tasks, (scout.tokens + 1) * stack.in_features * dtype.itemsize)
+            path = stack.target.module_path
+            samples[path] = (scout.tokens + 1) * stack.in_features * dtype.itemsize
+            sampled.setdefault(path, set()).update(stack.tasks)
         rows = sum(ranks) + readers
         device += itemsize * (rows * stack.in_features + max(ranks) * stack.out_features)
         host += 4 * rows * stack.in_features
         grams += 4 * (rank + readers) ** 2
         kept += 4 * len(ranks) * (rank + readers) ** 2
-    samples = sum(size for _, size in sampled.values())
-    return MemoryNeed(device + max(grams, samples), host + max(kept, sum(k * size for k, size in sampled.values())))
+    held = sum(len(sampled[path]) * size for path, size in samples.items())
+    return MemoryNeed(device + max(grams, sum(samples.values())), host + max(kept, held))
 
 
 LAYERS_AT_ONCE = 64

@@ -95,12 +95,10 @@ def merge(
     layers: dict[Target, LoRALayer] = {}
     reports: list[LayerReport] = []
     apart: Separabilities = {}
-    need = {stack.target: bytes_to_solve(stack, lookup.reader_rows(stack)) for stack in shared}
-    # equal ranks together; the largest sizes a chunk
-    order = sorted(shared, key=lambda stack: need[stack.target], reverse=True)
+    order = sorted(shared, key=lookup.bytes_to_solve, reverse=True)  # equal ranks together; the largest sizes a chunk
     at = 0
     while at < len(order):
-        chunk = order[at : at + layers_at_once(need[order[at].target])]
+        chunk = order[at : at + layers_at_once(lookup.bytes_to_solve(order[at]))]
         tick(at, len(order))
         at += len(chunk)
         stats = [lookup.of(stack) for stack in chunk]
@@ -109,8 +107,7 @@ def merge(
             layers[stack.target] = _finish(stack, factors, out_dtype)
             reports.append(layer_report(stack, factors, one, method))
             if not isinstance(method, RoleMethod):
-                read = factors.view is not None and factors.view.router.shape[1] > len(factors.view.router)
-                note_separability(apart, stack, one if one is None or read else one.without_readers())
+                note_separability(apart, stack, one, factors.view)
     tick(len(order), len(order))
     for stack in stacks:
         if len(stack.blocks) == 1:
@@ -195,10 +192,10 @@ class _Statistics:
         records = [self._calibration.tasks[self._records[task]] for task in stack.tasks]
         return all(record.strength(stack.target.part) != 0 for record in records)
 
-    def reader_rows(self, stack: LayerStack) -> int:
-        """Rows that statistics of a stack have beside its own, if there are any."""
+    def bytes_to_solve(self, stack: LayerStack) -> int:
+        """What solving a stack takes, with the readers of its statistics."""
         stats = None if self._calibration is None else self._calibration.stats.get(stack.origin or stack.target)
-        return 0 if stats is None else stats.reader_rows
+        return bytes_to_solve(stack, 0 if stats is None else stats.reader_rows)
 
     def of(self, stack: LayerStack) -> GramStats | None:
         """Statistics of one stack, None without a calibration."""

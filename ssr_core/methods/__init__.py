@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import MergedFactors, MergeMethod, RoleMethod, routes
+from .base import MergedFactors, MergeMethod, RoleMethod, RouterView, routes
 from .linear import AverageMerge, GainsMerge, SumMerge
 from .nplora import DIRECTIONS, Directions, NPLoRAMerge
 from .paper import PaperMerge
@@ -23,6 +23,7 @@ __all__ = [
     "NPLoRAMerge",
     "PaperMerge",
     "RoleMethod",
+    "RouterView",
     "SSRMerge",
     "SumMerge",
     "routes",

@@ -35,6 +35,11 @@ class RouterView:
     ranks: tuple[int, ...]
     grams: Tensor | None
 
+    @property
+    def wide(self) -> bool:
+        """Whether it has readers."""
+        return self.router.shape[1] > self.router.shape[0]
+
 
 @dataclass(frozen=True)
 class MergedFactors:
