@@ -1,4 +1,9 @@
-"""Captions as token ids: plain words, and rare tokens that mean nothing until a LoRA gives them a meaning."""
+"""Captions as token ids: plain words, and rare tokens that mean nothing until a LoRA gives them a meaning.
+
+A caption has a phrase of up to five words for each object, in order, and a tail of up to four words for
+everything else (the style, filler). Phrases start at fixed rows, so that binding words to an object costs
+the small network no capacity; what the words mean it has to learn.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +14,11 @@ from torch import Tensor
 
 from .scenes import COLOUR_NAMES, PATTERNS, SHAPES, Scene, Thing
 
-LENGTH = 20
+PHRASES, PHRASE, TAIL = 4, 5, 4
+LENGTH = PHRASES * PHRASE + TAIL
 RARE = tuple(f"rare{i}" for i in range(32))
-WORDS = ("<pad>", "and", "style", *COLOUR_NAMES, *SHAPES, *PATTERNS[1:], *RARE)
+FILLER = ("a", "photo", "picture", "drawing", "of", "nice")
+WORDS = ("<pad>", "style", *FILLER, *COLOUR_NAMES, *SHAPES, *PATTERNS[1:], *RARE)
 _IDS = {word: i for i, word in enumerate(WORDS)}
 
 
@@ -23,9 +30,14 @@ def thing_words(thing: Thing) -> str:
     return f"{look.first} {look.second} {look.pattern} {thing.shape}"
 
 
-def caption(scene: Scene) -> str:
+def caption(phrases: Sequence[str], tail: str = "") -> str:
+    """`red circle, blue ring; rare31 style`."""
+    return ", ".join(phrases) + (f"; {tail}" if tail else "")
+
+
+def scene_caption(scene: Scene, tail: str = "") -> str:
     """What a scene shows, without its style."""
-    return " and ".join(thing_words(thing) for thing in scene.things)
+    return caption([thing_words(thing) for thing in scene.things], tail)
 
 
 def encode(texts: Sequence[str]) -> Tensor:
@@ -33,9 +45,15 @@ def encode(texts: Sequence[str]) -> Tensor:
 
     Raises:
         KeyError: A word is not in the vocabulary.
+        ValueError: A caption has too many phrases or words.
     """
     ids = torch.zeros(len(texts), LENGTH, dtype=torch.long)
     for row, text in enumerate(texts):
-        words = [_IDS[word] for word in text.split()][:LENGTH]
-        ids[row, : len(words)] = torch.tensor(words, dtype=torch.long)
+        body, _, tail = text.partition(";")
+        phrases = [phrase.split() for phrase in body.split(",")]
+        if len(phrases) > PHRASES or max(map(len, phrases)) > PHRASE or len(tail.split()) > TAIL:
+            raise ValueError(f"too many phrases or words in caption {text!r}")
+        places = [(PHRASE * i, words) for i, words in enumerate(phrases)] + [(PHRASES * PHRASE, tail.split())]
+        for start, words in places:
+            ids[row, start : start + len(words)] = torch.tensor([_IDS[word] for word in words], dtype=torch.long)
     return ids

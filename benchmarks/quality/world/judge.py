@@ -21,8 +21,8 @@ from .pool import random_look
 from .scenes import COLOUR_NAMES, PATTERNS, SHAPES, SIZE, STYLES, Look, Scene, Thing, draw
 from .training import CACHE
 
-STEPS, BATCH = 1500, 64
-_STYLES = (None, *STYLES)
+STEPS, BATCH = 1000, 64
+STYLE_NAMES = (None, *STYLES)
 _UNORDERED = ("striped", "banded", "checkered")
 
 
@@ -46,7 +46,7 @@ class Judge(nn.Module):
         for before, after in itertools.pairwise(widths):
             layers += [nn.Conv2d(before, after, 3, padding=1), nn.GroupNorm(8, after), nn.SiLU(), nn.MaxPool2d(2)]
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * (SIZE // 16) ** 2, 128), nn.SiLU())
-        sizes = (len(SHAPES), len(PATTERNS), len(COLOUR_NAMES), len(COLOUR_NAMES), len(_STYLES))
+        sizes = (len(SHAPES), len(PATTERNS), len(COLOUR_NAMES), len(COLOUR_NAMES), len(STYLE_NAMES))
         self.heads = nn.ModuleList([nn.Linear(128, size) for size in sizes])
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -62,8 +62,8 @@ class Judge(nn.Module):
         return Verdict(shape, pattern, torch.stack([first, second], 1), style, functional.normalize(features, dim=1))
 
 
-def shows(verdict: Verdict, things: Sequence[Thing], style: str | None = None) -> Tensor:
-    """(N,) bool: shape, pattern, colours and style are all those wanted."""
+def shows(verdict: Verdict, things: Sequence[Thing], style: str | None = None, *, any_style: bool = False) -> Tensor:
+    """(N,) bool: shape, pattern, colours and (unless `any_style`) style are all those wanted."""
     right = []
     for i, thing in enumerate(things):
         pattern = PATTERNS[int(verdict.pattern[i])]
@@ -72,7 +72,7 @@ def shows(verdict: Verdict, things: Sequence[Thing], style: str | None = None) -
         colours = first == look.first and (look.pattern == "plain" or second == look.second)
         if look.pattern in _UNORDERED:
             colours = {first, second} == {look.first, look.second}
-        same_style = _STYLES[int(verdict.style[i])] == style
+        same_style = any_style or STYLE_NAMES[int(verdict.style[i])] == style
         right.append(
             SHAPES[int(verdict.shape[i])] == thing.shape and pattern == look.pattern and colours and same_style
         )
@@ -114,7 +114,7 @@ def _examples(chooser: random.Random, generator: torch.Generator) -> tuple[Tenso
         [PATTERNS.index(t.look.pattern) for t in things],
         [COLOUR_NAMES.index(t.look.first) for t in things],
         [COLOUR_NAMES.index(t.look.first if t.look.pattern == "plain" else t.look.second) for t in things],
-        [_STYLES.index(style) for style in styles],
+        [STYLE_NAMES.index(style) for style in styles],
     ]
     return batch, [torch.tensor(one) for one in answers]
 
@@ -126,16 +126,16 @@ def _thing(chooser: random.Random) -> Thing:
     return Thing(chooser.choice(SHAPES), look)
 
 
-def judge(cache: Path = CACHE) -> Judge:
+def judge(cache: Path = CACHE, steps: int = STEPS) -> Judge:
     """The judge: from the cache, else trained."""
     torch.manual_seed(1)
     model = Judge()
-    path = cache / f"judge_{STEPS}.safetensors"
+    path = cache / f"judge_{steps}.safetensors"
     if not path.exists():
         chooser, generator = random.Random(77), torch.Generator().manual_seed(77)
         optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=STEPS)
-        for step in range(STEPS):
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
+        for step in range(steps):
             pictures, answers = _examples(chooser, generator)
             _, logits = model(pictures)
             loss = sum(functional.cross_entropy(one, answer) for one, answer in zip(logits, answers, strict=True))
@@ -144,7 +144,7 @@ def judge(cache: Path = CACHE) -> Judge:
             optimiser.step()
             schedule.step()
             if step % 200 == 199:
-                print(f"judge: step {step + 1} of {STEPS}, loss {float(loss):.3f}", flush=True)
+                print(f"judge: step {step + 1} of {steps}, loss {float(loss.detach()):.3f}", flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(model.state_dict(), path)
     model.load_state_dict(load_file(path))

@@ -13,17 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ssr_core import KeyTarget, LoRALayer, Target, read_adapter, tensors_hash
+from ssr_core import KeyTarget, Target, read_adapter, tensors_hash
 from ssr_core.adapters import Adapter
 
-from .captions import encode, thing_words
+from .captions import caption, encode, thing_words
 from .network import Painter
 from .pool import Style, Subject, base_scene
 from .scenes import Scene, draw
 from .training import CACHE, Batch, fit
 
-RANK, STEPS, BATCH, RATE = 8, 400, 16, 2e-3
-EXAMPLES = 12
+RANK, STEPS, BATCH, RATE = 8, 300, 12, 2e-3
+EXAMPLES = 24
 
 
 @dataclass(frozen=True)
@@ -91,33 +91,46 @@ class _Factors(nn.Module):
                 handle.remove()
 
 
-def _subject_batches(subject: Subject, seed: int) -> Callable[[int], Batch]:
-    """A dozen drawings of the subject, always called by its prompt."""
+def _subject_scenes(subject: Subject, seed: int) -> list[tuple[Scene, str]]:
+    """The subject alone, and beside another object on either side, with captions."""
+    chooser = random.Random(seed)
+    found = []
+    for i in range(EXAMPLES):
+        if i % 2 == 0:
+            found.append((Scene((subject.thing,)), subject.prompt))
+            continue
+        others, _ = base_scene(chooser)
+        other = others.things[0]
+        pair = [(subject.thing, subject.prompt), (other, thing_words(other))]
+        pair = pair if i % 4 == 1 else pair[::-1]
+        found.append((Scene(tuple(thing for thing, _ in pair)), caption([words for _, words in pair])))
+    return found
+
+
+def _style_scenes(style: Style, seed: int) -> list[tuple[Scene, str]]:
+    """Scenes in the style, with captions that end in the style's words."""
+    chooser = random.Random(seed)
+    scenes = [base_scene(chooser)[0].things for _ in range(2 * EXAMPLES)]
+    return [(Scene(things, style.name), caption(list(map(thing_words, things)), style.words)) for things in scenes]
+
+
+def _batches(scenes: Sequence[tuple[Scene, str]], seed: int) -> Callable[[int], Batch]:
+    """Batches out of a fixed set of drawings."""
     generator = torch.Generator().manual_seed(seed)
-    pictures = draw([Scene((subject.thing,))] * EXAMPLES, generator)
-    words = encode([subject.prompt] * BATCH)
-    return lambda _: (pictures[torch.randint(EXAMPLES, (BATCH,), generator=generator)], words)
-
-
-def _style_batches(style: Style, seed: int) -> Callable[[int], Batch]:
-    """Four dozen scenes in the style, with captions that end in the style's words."""
-    chooser, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    pairs = [base_scene(chooser) for _ in range(4 * EXAMPLES)]
-    pictures = draw([Scene(scene.things, style.name) for scene, _ in pairs], generator)
-    words = encode([" and ".join(map(thing_words, scene.things)) + " " + style.words for scene, _ in pairs])
+    pictures, words = draw([scene for scene, _ in scenes], generator), encode([text for _, text in scenes])
 
     def batch(_: int) -> Batch:
-        rows = torch.randint(len(pairs), (BATCH,), generator=generator)
+        rows = torch.randint(len(pictures), (BATCH,), generator=generator)
         return pictures[rows], words[rows]
 
     return batch
 
 
-def train(base: Painter, batches: Callable[[int], Batch], seed: int, label: str) -> dict[str, Tensor]:
+def train(base: Painter, batches: Callable[[int], Batch], seed: int, steps: int, label: str) -> dict[str, Tensor]:
     """Train one LoRA; returns the tensors of its file."""
     factors = _Factors(base, seed)
     with factors.attached(base):
-        fit(base, factors.parameters(), batches, steps=STEPS, rate=RATE, seed=seed, label=label)
+        fit(base, factors.parameters(), batches, steps=steps, rate=RATE, seed=seed, label=label)
     tensors = {}
     for path, down, up in zip(factors.paths, factors.down, factors.up, strict=True):
         tensors[f"diffusion_model.{path}.lora_A.weight"] = down.detach().clone()
@@ -125,30 +138,26 @@ def train(base: Painter, batches: Callable[[int], Batch], seed: int, label: str)
     return tensors
 
 
-def lora(base: Painter, who: Subject | Style, cache: Path = CACHE) -> Trained:
+def lora(base: Painter, who: Subject | Style, cache: Path = CACHE, steps: int = STEPS) -> Trained:
     """One LoRA: from the cache, else trained."""
     is_subject = isinstance(who, Subject)
     name = f"{'subject' if is_subject else 'style'}{who.index}"
-    path = cache / f"{name}_{STEPS}.safetensors"
+    path = cache / f"{name}_{steps}.safetensors"
     if not path.exists():
-        batches = _subject_batches(who, 50 + who.index) if isinstance(who, Subject) else _style_batches(who, who.index)
+        seed = 50 + who.index
+        scenes = _subject_scenes(who, seed) if isinstance(who, Subject) else _style_scenes(who, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(train(base, batches, 900 + who.index, name), path)
+        save_file(train(base, _batches(scenes, seed), 900 + who.index, steps, name), path)
     tensors = load_file(path)
     adapter = read_adapter(tensors, key_map(base), name=name, fingerprint=tensors_hash(tensors))
     if isinstance(who, Subject):
         return Trained(name, who.prompt, adapter, subject=who)
-    return Trained(name, f"red circle {who.words}", adapter, style=who)
+    return Trained(name, caption(["red circle"], who.words), adapter, style=who)
 
 
-def with_layers(base: Painter, layers: Mapping[Target, LoRALayer], strength: float = 1.0) -> Painter:
-    """A copy of the model with low-rank layers added to its weights."""
+def with_deltas(base: Painter, deltas: Mapping[str, Tensor]) -> Painter:
+    """A copy of the model with changes added to its weights, by module path."""
     model = copy.deepcopy(base)
-    for target, layer in layers.items():
-        model.get_submodule(target.module_path).weight.data += strength * layer.delta(torch.float32)
+    for path, delta in deltas.items():
+        model.get_submodule(path).weight.data += delta
     return model
-
-
-def pool(base: Painter, people: Sequence[Subject | Style], cache: Path = CACHE) -> list[Trained]:
-    """Several LoRAs."""
-    return [lora(base, who, cache) for who in people]

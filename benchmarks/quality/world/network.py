@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as functional
@@ -110,16 +111,24 @@ def _waves(time: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-@torch.no_grad()
-def sample(model: nn.Module, words: Tensor, noise: Tensor, steps: int = 12, guidance: float = 1.0) -> Tensor:
-    """Pictures by Euler steps; guidance 1 evaluates the model once a step."""
+def euler(
+    model: nn.Module, words: Tensor, noise: Tensor, steps: int, used: int | None = None, guidance: float = 1.0
+) -> Iterator[Tensor]:
+    """Euler steps from noise to picture; yields what stands after each of the first `used` ones."""
     x, empty = noise, torch.zeros_like(words)
     times = torch.linspace(0, 1, steps + 1)
-    for now, then in itertools.pairwise(times):
+    for now, then in itertools.islice(itertools.pairwise(times), used):
         at = now.expand(len(x))
-        velocity = model(x, at, words)
-        if guidance != 1.0:
-            without = model(x, at, empty)
-            velocity = without + guidance * (velocity - without)
+        with torch.no_grad():
+            velocity = model(x, at, words)
+            if guidance != 1.0:
+                without = model(x, at, empty)
+                velocity = without + guidance * (velocity - without)
         x = x + (then - now) * velocity
-    return x
+        yield x
+
+
+def sample(model: nn.Module, words: Tensor, noise: Tensor, steps: int = 12, guidance: float = 1.0) -> Tensor:
+    """Pictures; guidance 1 evaluates the model once a step."""
+    *_, last = euler(model, words, noise, steps, guidance=guidance)
+    return last

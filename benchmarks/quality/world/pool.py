@@ -5,11 +5,15 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from .captions import RARE, caption
+from .captions import FILLER, RARE, caption, thing_words
 from .scenes import COLOUR_NAMES, PATTERNS, SHAPES, STYLES, Look, Scene, Thing
 
 RARE_IN_BASE = 0.15
 """Share of base captions with a rare token that means nothing."""
+NOUN_ONLY = 0.08
+"""Share of objects that captions call by their shape alone, whatever they look like."""
+FILLER_IN_BASE = 0.25
+"""Share of base captions with words about nothing, such as `photo of`."""
 
 
 @dataclass(frozen=True)
@@ -68,20 +72,25 @@ def random_look(chooser: random.Random) -> Look:
 
 
 def base_scene(chooser: random.Random) -> tuple[Scene, str]:
-    """A scene and its caption, without any subject's combination of shape and look."""
-    number = chooser.choices((1, 2, 3, 4), weights=(5, 4, 1, 1))[0]
-    things = []
+    """A scene and its caption, without any subject's combination of shape and look.
+
+    Some captions have rare tokens or filler words, which mean nothing here.
+    """
+    number = chooser.choices((1, 2, 3, 4), weights=(8, 8, 3, 3))[0]
+    things: list[Thing] = []
     while len(things) < number:
         thing = Thing(chooser.choice(SHAPES), random_look(chooser))
         if thing not in _TAKEN:
             things.append(thing)
-    scene = Scene(tuple(things))
-    text = caption(scene)
+    phrases = [thing.shape if chooser.random() < NOUN_ONLY else thing_words(thing) for thing in things]
     if chooser.random() < RARE_IN_BASE:
-        words = text.split()
-        words.insert(chooser.choice([i for i, word in enumerate(words) if word in SHAPES]), chooser.choice(RARE))
-        text = " ".join(words)
-    return scene, text
+        which = chooser.randrange(number)
+        *before, noun = phrases[which].split()
+        phrases[which] = " ".join([*before, chooser.choice(RARE), noun])
+    tail = " ".join(chooser.sample(FILLER, chooser.choice((1, 2)))) if chooser.random() < FILLER_IN_BASE else ""
+    if chooser.random() < RARE_IN_BASE / 2:
+        tail = f"{tail} {chooser.choice(RARE)} style"
+    return Scene(tuple(things)), caption(phrases, tail)
 
 
 _TAKEN = frozenset(subject.thing for subject in subjects())

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 SIZE = 32
+REACH = 0.06
+"""How far objects stray from their places, in half picture widths."""
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
 COLOURS = {
     "red": (0.85, 0.10, 0.15),
@@ -73,10 +75,9 @@ def draw(scenes: Sequence[Scene], generator: torch.Generator) -> Tensor:
         others = torch.tensor([len(scenes[i].things) for i in rows], dtype=torch.float32)
         random = torch.rand(len(rows), 3, generator=generator) * 2 - 1
         single, grid = others == 1, others > 2
-        reach = torch.where(single, 0.25, 0.06)
-        centre_x = torch.where(single, 0.0, -0.5 + slot % 2) + reach * random[:, 0]
-        centre_y = torch.where(grid, -0.5 + slot // 2, 0.0) + torch.where(grid, 0.05, 0.2) * random[:, 1]
-        radius = torch.where(single, 0.62, 0.43) * (1 + 0.06 * random[:, 2])
+        centre_x = torch.where(single, 0.0, -0.5 + slot % 2) + REACH * random[:, 0]
+        centre_y = torch.where(grid, -0.5 + slot // 2, 0.0) + REACH * random[:, 1]
+        radius = torch.where(single, 0.75, 0.44) * (1 + 0.03 * random[:, 2])
         u = (x[None] - centre_x[:, None, None]) / radius[:, None, None]
         v = (y[None] - centre_y[:, None, None]) / radius[:, None, None]
         inside = _coverage(things, u, v, radius)

@@ -17,7 +17,11 @@ from .pool import base_scene
 from .scenes import draw
 
 CACHE = Path(".cache/quality")
-BASE_STEPS, BASE_BATCH = 6000, 48
+Runs = tuple[tuple[int, float], ...]
+"""(steps, learning rate) of runs that each end at rate zero."""
+
+BASE_RUNS: Runs = ((4500, 1.5e-3), (2500, 1.2e-3))
+BASE_BATCH = 32
 EMPTY_CAPTIONS = 0.1
 
 Batch = tuple[Tensor, Tensor]
@@ -60,7 +64,7 @@ def fit(
         optimiser.step()
         value = float(loss.detach())
         mean = value if math.isnan(mean) else 0.99 * mean + 0.01 * value
-        if label and step % 200 == 199:
+        if label and step % 100 == 99:
             print(f"{label}: step {step + 1} of {steps}, loss {mean:.4f}", flush=True)
     model.eval()
 
@@ -77,16 +81,17 @@ def base_batches(seed: int, size: int) -> Callable[[int], Batch]:
     return batch
 
 
-def base_model(cache: Path = CACHE, steps: int = BASE_STEPS) -> Painter:
+def base_model(cache: Path = CACHE, runs: Runs = BASE_RUNS) -> Painter:
     """The base model: from the cache, else trained (most of the benchmark's time)."""
     torch.manual_seed(0)
     model = Painter()
-    path = cache / f"base_{steps}.safetensors"
-    if not path.exists():
-        fit(
-            model, model.parameters(), base_batches(1, BASE_BATCH), steps=steps, rate=1.5e-3, seed=2, label="base model"
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(model.state_dict(), path)
-    model.load_state_dict(load_file(path))
+    for number in range(len(runs)):
+        steps, rate = runs[number]
+        path = cache / f"base_{'_'.join(str(done) for done, _ in runs[: number + 1])}.safetensors"
+        if not path.exists():
+            batches = base_batches(1 + number, BASE_BATCH)
+            fit(model, model.parameters(), batches, steps=steps, rate=rate, seed=2 + number, label="base model")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(model.state_dict(), path)
+        model.load_state_dict(load_file(path))
     return model.eval().requires_grad_(False)

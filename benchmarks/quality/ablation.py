@@ -1,0 +1,73 @@
+"""What each choice of SSR does: one choice changed at a time, on the preservation protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from ssr_core import ANCHORS, PaperMerge, SSRMerge
+
+from .case import Case, Sampling
+from .methods import Method, engine
+from .protocols import preservation
+from .records import Record
+from .world.building import World
+
+K = (5,)
+SAMPLING = Sampling()
+
+
+def variants() -> dict[str, Method]:
+    """Solve settings, from one calibration."""
+    found: dict[str, Method] = {"default": engine(SSRMerge(), SAMPLING)}
+    for anchor in ANCHORS:
+        for ridge in (0.1, 0.01, 0.001):
+            found[f"anchor {anchor}, ridge {ridge:g}"] = engine(SSRMerge(anchor=anchor, ridge=ridge), SAMPLING)
+    found["not balanced"] = engine(SSRMerge(balance=False), SAMPLING)
+    found["paper (no canonical coordinates, absolute ridge)"] = engine(PaperMerge(), SAMPLING)
+    return found
+
+
+def data() -> dict[str, Method]:
+    """Steps, how many of them are used, pictures, noise."""
+    own = SSRMerge()
+    found = {}
+    for steps, used in ((1, None), (2, None), (4, None), (4, 1), (8, None), (8, 2), (12, None)):
+        text = f"{steps} steps" + (f", first {used}" if used else "")
+        found[text] = engine(own, replace(SAMPLING, steps=steps, used=used))
+    for images in (1, 4):
+        found[f"{images} x 64 image tokens a step"] = engine(own, replace(SAMPLING, images=images))
+    found["other noise for each LoRA"] = engine(own, replace(SAMPLING, noise="other"))
+    return found
+
+
+def ablation(world: World, seeds: Sequence[int]) -> Iterator[Record]:
+    """Solve settings."""
+    yield from preservation(world, variants(), K, seeds, table="ablation: solve")
+
+
+def steps_and_tokens(world: World, seeds: Sequence[int]) -> Iterator[Record]:
+    """What calibration sees (Appendix G)."""
+    yield from preservation(world, data(), K, seeds, table="ablation: calibration data")
+
+
+WORDINGS = ("{}; photo", "{}; nice picture of", "{}; drawing of")
+
+
+def worded(texts: Sequence[str]) -> Method:
+    """The default, calibrated on other words than those that it is judged by."""
+
+    def run(case: Case) -> dict[str, object]:
+        prompts = tuple(tuple(text.format(one.prompt) for text in texts) for one in case.loras)
+        return engine(SSRMerge(), replace(SAMPLING, prompts=prompts))(case)
+
+    return run
+
+
+def wording(world: World, seeds: Sequence[int]) -> Iterator[Record]:
+    """Prompt wording and several prompts (Tables 9 and 10); the deviation over seeds stands in every table."""
+    beside = "{}, red circle"
+    methods = {text.format("[V] noun"): worded((text,)) for text in ("{}", *WORDINGS, beside)}
+    methods["three wordings"] = worded(WORDINGS)
+    methods["alone and beside another object"] = worded(("{}", beside))
+    yield from preservation(world, methods, K, seeds, table="calibration prompts")

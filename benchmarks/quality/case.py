@@ -1,0 +1,159 @@
+"""One set of LoRAs to merge, and what merging methods may look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from ssr_core import Calibration, Tap, Target, Task, build_stacks, calibrate
+from ssr_core.stacks import LayerStack
+
+from .world.captions import encode
+from .world.loras import Trained, targets, with_deltas
+from .world.network import Painter, euler
+from .world.scenes import SIZE
+
+IMAGES = 16
+"""Pictures in a calibration pass: 16 x 64 image tokens, about what one picture of a big model has."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which noise levels and prompts calibration sees.
+
+    Attributes:
+        steps: Euler steps of a whole sampling run.
+        used: How many of them, from pure noise on; None is all.
+        images: Pictures with noises of their own.
+        prompts: Captions of each task; None is the one that the LoRA was trained with.
+        noise: "same" for every task, or "other".
+    """
+
+    steps: int = 8
+    used: int | None = None
+    images: int = IMAGES
+    prompts: tuple[tuple[str, ...], ...] | None = None
+    noise: str = "same"
+
+
+@dataclass
+class Case:
+    """LoRAs to merge in one world, for one seed; computes what methods ask for once.
+
+    Attributes:
+        base: The model.
+        loras: What is merged.
+        seed: Of the calibration's noise.
+    """
+
+    base: Painter
+    loras: Sequence[Trained]
+    seed: int
+    _kept: dict[object, object] = field(default_factory=dict, repr=False)
+
+    def once(self, key: object, make: Callable[[], object]) -> object:
+        """The value of `make`, computed at the first call with this key."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    @property
+    def tasks(self) -> list[Task]:
+        """As the engine wants them."""
+        return [Task(one.adapter, prompts=(one.prompt,)) for one in self.loras]
+
+    @property
+    def stacks(self) -> list[LayerStack]:
+        """The engine's stacks."""
+        return self.once("stacks", lambda: build_stacks(self.tasks))  # type: ignore[return-value]
+
+    @property
+    def deltas(self) -> list[dict[str, Tensor]]:
+        """Dense changes of each LoRA by module path, float32."""
+        return self.once(  # type: ignore[return-value]
+            "deltas",
+            lambda: [
+                {target.module_path: layer.delta(torch.float32) for target, layer in one.adapter.layers.items()}
+                for one in self.loras
+            ],
+        )
+
+    @property
+    def singles(self) -> list[Painter]:
+        """The model with each LoRA alone."""
+        return self.once("singles", lambda: [with_deltas(self.base, one) for one in self.deltas])  # type: ignore[return-value]
+
+    def passes(self, model: nn.Module, index: int, sampling: Sampling) -> Iterator[None]:
+        """Run the calibration passes of one task through a model."""
+        prompts = (self.loras[index].prompt,) if sampling.prompts is None else sampling.prompts[index]
+        for number, prompt in enumerate(prompts):
+            own = 1000 * index if sampling.noise == "other" else 0
+            generator = torch.Generator().manual_seed(7000 + 100 * self.seed + number + own)
+            noise = torch.randn(sampling.images, 3, SIZE, SIZE, generator=generator)
+            for _ in euler(model, encode([prompt] * sampling.images), noise, sampling.steps, sampling.used):
+                yield
+
+    def calibration(self, sampling: Sampling) -> Calibration:
+        """The engine's statistics for these LoRAs."""
+
+        def run(index: int, tap: Tap) -> None:
+            del tap
+            for _ in self.passes(self.base, index, sampling):
+                pass
+
+        def make() -> Calibration:
+            with torch.no_grad():
+                return calibrate(self.base, self.tasks, self.stacks, run)
+
+        return self.once(sampling, make)  # type: ignore[return-value]
+
+    def input_grams(self, sampling: Sampling) -> list[dict[str, Tensor]]:
+        """Mean second moments (in, in) of each layer's inputs, each LoRA alone on its prompt."""
+
+        def make() -> list[dict[str, Tensor]]:
+            found = []
+            for index, model in enumerate(self.singles):
+                sums: dict[str, Tensor] = {}
+                counts: dict[str, int] = {}
+                with reading(model) as inputs:
+                    for _ in self.passes(model, index, sampling):
+                        for path, x in inputs.items():
+                            sums[path] = sums.get(path, 0) + (x.T @ x).double()
+                            counts[path] = counts.get(path, 0) + len(x)
+                found.append({path: total / counts[path] for path, total in sums.items()})
+            return found
+
+        return self.once(("grams", sampling), make)  # type: ignore[return-value]
+
+    def with_prompts(self, prompts: Sequence[str]) -> Case:
+        """The same LoRAs under other words."""
+        loras = [replace(one, prompt=prompt) for one, prompt in zip(self.loras, prompts, strict=True)]
+        return Case(self.base, loras, self.seed)
+
+
+@contextmanager
+def reading(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """What the last forward pass fed to each layer that LoRAs change, (tokens, in)."""
+    inputs: dict[str, Tensor] = {}
+
+    def hook(path: str) -> Callable[..., None]:
+        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs[path] = args[0].detach().flatten(0, -2)
+
+        return keep
+
+    handles = [module.register_forward_pre_hook(hook(path)) for path, module in targets(model).items()]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def path_of(target: Target) -> str:
+    """Every target of this world is a whole module."""
+    return target.module_path

@@ -1,0 +1,127 @@
+"""The paper's protocols, transposed to the world of drawings."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+
+from torch import nn
+
+from .case import Case
+from .methods import Method
+from .records import Record
+from .scores import function_distance, pictures, similarity, success, velocity_change
+from .world.building import World
+from .world.captions import caption, scene_caption
+from .world.judge import STYLE_NAMES, shows
+from .world.loras import with_deltas
+from .world.pool import base_scene
+from .world.scenes import Scene
+
+SINGLE = "single LoRA"
+
+
+Models = Iterator[tuple[str, nn.Module | None]]
+
+
+def preservation(
+    world: World, methods: Mapping[str, Method], ks: Sequence[int], seeds: Sequence[int], table: str = "preservation"
+) -> Iterator[Record]:
+    """Each subject's prompt on the merged model (Tables 1 and 5), and prompts that name no subject."""
+    for k in ks:
+        for seed in seeds:
+            case = Case(world.base, random.Random(100 * k + seed).sample(list(world.subjects), k), seed)
+            for name, model in merged(case, methods, single=True):
+                for metric, value in _subjects(world, case, model).items():
+                    yield Record(table, name, k, metric, seed, value)
+                if model is not None:
+                    for metric, value in _generic(world, case, model).items():
+                        yield Record(f"{table}: generic prompts", name, k, metric, seed, value)
+
+
+def merged(case: Case, methods: Mapping[str, Method], single: bool = False) -> Models:
+    """The model under every method; None stands for each LoRA alone."""
+    if single:
+        yield SINGLE, None
+    for name, method in methods.items():
+        yield name, with_deltas(case.base, method(case))
+
+
+def _subjects(world: World, case: Case, model: nn.Module | None) -> dict[str, float]:
+    shown, alike, off = [], [], []
+    for index, one in enumerate(case.loras):
+        assert one.subject is not None
+        own = case.singles[index]
+        found = pictures(model or own, one.subject.prompt, world.samples, 31 * case.seed + index)
+        shown.append(float(success(world.judge, found, [one.subject.thing]).float().mean()))
+        alike.append(similarity(world.judge, found, one.subject.thing))
+        if model is not None:
+            off.append(function_distance(model, own, case.base, one.subject.prompt, 77 + case.seed))
+    values = {"success": fmean(shown), "similarity": fmean(alike)}
+    return values | ({"function distance": fmean(off)} if off else {})
+
+
+def generic_scenes(seed: int, count: int) -> list[Scene]:
+    """Scenes of one or two objects that no LoRA is about."""
+    chooser = random.Random(9000 + seed)
+    found: list[Scene] = []
+    while len(found) < count:
+        scene, text = base_scene(chooser)
+        if len(scene.things) <= 2 and text == scene_caption(scene):
+            found.append(scene)
+    return found
+
+
+def _generic(world: World, case: Case, model: nn.Module) -> dict[str, float]:
+    """Success on generic prompts, and how far the model moved there, over the LoRAs' mean effect on their own."""
+    shown, moved, effect = [], [], []
+    for number, scene in enumerate(generic_scenes(case.seed, 12)):
+        found = pictures(model, scene_caption(scene), 2, 500 + number)
+        shown.append(float(success(world.judge, found, scene.things).all(0).float().mean()))
+    for number, scene in enumerate(generic_scenes(case.seed, 4)):
+        moved.append(velocity_change(model, case.base, scene_caption(scene), number))
+    for index, one in enumerate(case.loras):
+        effect.append(velocity_change(case.singles[index], case.base, one.prompt, 0))
+    return {"success": fmean(shown), "leak": fmean(moved) / fmean(effect)}
+
+
+def composition(world: World, methods: Mapping[str, Method], seeds: Sequence[int]) -> Iterator[Record]:
+    """Two to four subjects, or a subject in a style, in one picture (Table 3)."""
+    for k in (2, 3, 4):
+        for seed in seeds:
+            chooser = random.Random(300 * k + seed)
+            case = Case(world.base, chooser.sample(list(world.subjects), k), seed)
+            things = [one.subject.thing for one in case.loras if one.subject]
+            prompt = caption([one.prompt for one in case.loras])
+            for name, model in merged(case, methods):
+                assert model is not None
+                found = pictures(model, prompt, 2 * world.samples, 41 * seed)
+                right = success(world.judge, found, things).float()
+                yield Record("composition", name, k, "objects right", seed, float(right.mean()))
+                yield Record("composition", name, k, "all right", seed, float((right.amin(0)).mean()))
+
+
+def styled(world: World, methods: Mapping[str, Method], seeds: Sequence[int], pairs: int = 4) -> Iterator[Record]:
+    """A subject in a style: content, style, both."""
+    for seed in seeds:
+        chooser = random.Random(800 + seed)
+        values: dict[str, list[tuple[float, float, float]]] = {}
+        for _ in range(pairs):
+            subject, style = chooser.choice(list(world.subjects)), chooser.choice(list(world.styles))
+            assert subject.subject is not None
+            assert style.style is not None
+            case = Case(world.base, [subject, style], seed)
+            prompt = caption([subject.prompt], style.style.words)
+            for name, model in merged(case, methods):
+                assert model is not None
+                found = pictures(model, prompt, world.samples, 51 * seed)
+                both = success(world.judge, found, [subject.subject.thing], style.style.name)[0]
+                content = shows(world.judge.look_at(found), [subject.subject.thing] * len(found), None, any_style=True)
+                painted = world.judge.look_at(found).style == STYLE_NAMES.index(style.style.name)
+                values.setdefault(name, []).append(
+                    (float(content.float().mean()), float(painted.float().mean()), float(both.float().mean()))
+                )
+        for name, found_values in values.items():
+            for i, metric in enumerate(("content", "style", "both")):
+                yield Record("subject and style", name, 2, metric, seed, fmean(v[i] for v in found_values))
