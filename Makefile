@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint test-host compatibility bench-padding bench-batching bench-conversion bench-quantised bench-speed bench-smoke clean help
+.PHONY: demo test lint test-host compatibility bench-padding bench-batching bench-conversion bench-quantised bench-speed bench-quality bench-smoke clean help
 
 help:
 	@echo "make demo                            merge three small LoRAs, results in demo_output/"
@@ -15,6 +15,7 @@ help:
 	@echo "make bench-padding, bench-batching, bench-conversion   measurements behind defaults (docs/benchmarks/)"
 	@echo "make bench-quantised COMFYUI_PATH=<path>   how much of a merge acts on quantised models, and its cost"
 	@echo "make bench-speed                     speed and memory (ARGS='--device cuda', '--threads n'); docs/benchmarks/speed.md"
+	@echo "make bench-quality                   trains a small world and compares methods in it (about an hour and a half the first time)"
 	@echo "make bench-smoke                     the benchmarks at toy size: only shows that they run"
 	@echo "make clean                           remove the virtual environment and all outputs"
 
@@ -59,8 +60,12 @@ bench-quantised:
 bench-speed: $(STAMP)
 	$(PY) -m benchmarks.speed $(ARGS)
 
+bench-quality: $(STAMP)
+	$(PY) -m benchmarks.quality $(ARGS)
+
 bench-smoke: $(STAMP)
-	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && $(PY) -m benchmarks.speed --toy --out "$$out" > /dev/null
+	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && $(PY) -m benchmarks.speed --toy --out "$$out" > /dev/null && \
+	    $(PY) -m benchmarks.quality --toy --out "$$out" > /dev/null
 
 clean:
 	rm -rf $(VENV) demo_output host_output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,24 +1,88 @@
-"""`python -m benchmarks.quality`: train the world (once), measure, write docs/benchmarks/quality.*."""
+"""Trains the world (once), measures, writes quality.json, quality.md and the plots: `make bench-quality`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
 
+import torch
+
+from ..speed.machine import describe
 from .ablation import ablation, steps_and_tokens, wording
-from .methods import compared
-from .protocols import World, composition, preservation, styled
-from .quality_world import baseline_figures
-from .records import Record
+from .methods import compared, protecting, without_slow
+from .protocols import baseline, composition, preservation, styled
+from .records import Record, rows
+from .report import page, plot, write_json
+from .world.building import FULL, TOY, World, build
+from .world.training import CACHE
+
+Part = Callable[[World, range], Iterator[Record]]
 
 
-def measure(w: World, seeds: Sequence[int], ks: Sequence[int], many: Sequence[int]) -> Iterator[Record]:
-    """All tables."""
-    methods = compared()
-    yield from baseline_figures(w)
-    yield from preservation(w, methods, ks, seeds)
-    yield from composition(w, methods, seeds)
-    yield from styled(w, methods, seeds)
-    yield from preservation(w, methods, many, seeds[:3], table="many subjects")
-    yield from ablation(w, seeds)
-    yield from steps_and_tokens(w, seeds)
-    yield from wording(w, seeds)
+def parts(toy: bool) -> dict[str, Part]:
+    """Independent parts of the benchmark, by name."""
+    ks, many = ((2,), (3,)) if toy else ((3, 5, 7, 9), (12, 15, 18, 21))
+    return {
+        "baseline": lambda world, seeds: baseline(world),
+        "preservation": lambda world, seeds: preservation(world, compared(), ks, seeds),
+        "composition": lambda world, seeds: composition(world, compared(), seeds),
+        "styled": lambda world, seeds: styled(world, compared() | protecting(), seeds),
+        "solve": ablation,
+        "data": steps_and_tokens,
+        "wording": wording,
+        "many": lambda world, seeds: preservation(
+            world, without_slow(compared()), many, seeds[:2], table="many subjects"
+        ),
+    }
+
+
+def main() -> None:
+    options = _options()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    scale = TOY if options.toy else FULL
+    start = time.perf_counter()
+    world = build(Path(options.cache) if not options.toy else Path(options.out) / "cache", scale)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    kept = out / "records.jsonl" if options.toy else Path(options.cache) / "records.jsonl"
+    records = [] if not options.only or not kept.exists() else _load(kept)
+    for name, part in parts(options.toy).items():
+        if options.only and name not in options.only:
+            continue
+        found = []
+        for record in part(world, range(scale.seeds)):
+            found.append(record)
+            if record.metric in ("function distance", "both", "all right"):
+                print(f"{name}: K {record.k} seed {record.seed} {record.method} {record.value:.3f}", flush=True)
+        tables = {record.table for record in found}
+        records = [record for record in records if record.table not in tables] + found
+        kept.write_text("".join(json.dumps(asdict(record)) + "\n" for record in records), encoding="utf-8")
+    found_rows = rows(records)
+    write_json(found_rows, out / "quality.json")
+    plot(found_rows, "preservation", "function distance", out / "quality_function.png")
+    plot(found_rows, "preservation", "success", out / "quality_success.png")
+    minutes = round((time.perf_counter() - start) / 60, 1)
+    (out / "quality.md").write_text(page(found_rows, records, describe(torch.device("cpu")), minutes), "utf-8")
+
+
+def _load(path: Path) -> list[Record]:
+    return [Record(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    parser.add_argument("--out", default="docs/benchmarks")
+    parser.add_argument("--cache", default=str(CACHE), help="where trained files are kept")
+    parser.add_argument("--toy", action="store_true", help="toy size: only shows that it runs")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--only", nargs="*", choices=list(parts(False)), help="run these parts, keep the others' values")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

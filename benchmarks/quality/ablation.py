@@ -7,14 +7,13 @@ from dataclasses import replace
 
 from ssr_core import ANCHORS, PaperMerge, SSRMerge
 
-from .case import Case, Sampling
-from .methods import Method, engine
+from .case import Case
+from .methods import SAMPLING, Method, engine
 from .protocols import preservation
 from .records import Record
 from .world.building import World
 
 K = (5,)
-SAMPLING = Sampling()
 
 
 def variants() -> dict[str, Method]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ssr_core import AverageMerge, GainsMerge, MergeMethod, PaperMerge, SSRMerge, SumMerge, merge
+from ssr_core import AverageMerge, GainsMerge, MergeMethod, NPLoRAMerge, PaperMerge, SSRMerge, SumMerge, merge
 
-from .baselines import LayerMerge, dare, knots_ties, regmean, ties_merge
+from .baselines import LayerMerge, dare, knots_ties, least_squares, regmean, ties_merge
 from .case import Case, Sampling
 from .iteris import iteris
 
@@ -32,23 +33,45 @@ def layerwise(one: LayerMerge, sampling: Sampling) -> Method:
 
     def run(case: Case) -> dict[str, Tensor]:
         deltas = case.deltas
-        grams = case.input_grams(sampling) if one is regmean else None
+        grams = case.input_grams(sampling) if one in (regmean, least_squares) else None
         return {path: one([d[path] for d in deltas], [g[path] for g in grams] if grams else []) for path in deltas[0]}
 
     return run
 
 
-def compared(sampling: Sampling) -> dict[str, Method]:
+SAMPLING = Sampling()
+"""What all methods that need data get to see: whole sampling runs of eight steps."""
+
+
+def compared(sampling: Sampling = SAMPLING) -> dict[str, Method]:
     """All rows of the tables but the single LoRA."""
     return {
         "average": engine(AverageMerge(), sampling),
         "sum": engine(SumMerge(), sampling),
-        "gains": engine(GainsMerge(), sampling),
+        "best scalar gains": engine(GainsMerge(), sampling),
         "TIES": layerwise(ties_merge, sampling),
         "DARE": layerwise(dare, sampling),
         "KnOTS+TIES": layerwise(knots_ties, sampling),
         "RegMean": layerwise(regmean, sampling),
         "IterIS": lambda case: iteris(case, sampling),
-        "SSR (paper)": engine(PaperMerge(), sampling),
-        "SSR": engine(SSRMerge(), sampling),
+        "dense least squares": layerwise(least_squares, sampling),
+        "SSR (paper)": engine(PaperMerge(), replace(sampling, used=1)),
+        "SSR (paper's formula, our data)": engine(PaperMerge(), sampling),
+        "SSR (ours)": engine(SSRMerge(), sampling),
     }
+
+
+def without_slow(methods: dict[str, Method]) -> dict[str, Method]:
+    """For many LoRAs: IterIS' rounds would take longer than everything else."""
+    return {name: method for name, method in methods.items() if name != "IterIS"}
+
+
+def protecting() -> dict[str, Method]:
+    """NP-LoRA for pairs of a subject and a style, over mu and both ways to choose directions."""
+    found = {f"NP-LoRA, mu {mu:g}": engine(NPLoRAMerge(mu=mu), SAMPLING) for mu in (0.25, 0.5, 1.0, 4.0)}
+    found["NP-LoRA, hard"] = engine(NPLoRAMerge(hard=True), SAMPLING)
+    found["NP-LoRA, mu 0.5, half the energy"] = engine(NPLoRAMerge(energy=0.5), SAMPLING)
+    found["NP-LoRA, mu 0.5, half the energy, by activations"] = engine(
+        NPLoRAMerge(energy=0.5, directions="activations"), SAMPLING
+    )
+    return found

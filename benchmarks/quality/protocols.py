@@ -62,13 +62,13 @@ def _subjects(world: World, case: Case, model: nn.Module | None) -> dict[str, fl
     return values | ({"function distance": fmean(off)} if off else {})
 
 
-def generic_scenes(seed: int, count: int) -> list[Scene]:
-    """Scenes of one or two objects that no LoRA is about."""
+def generic_scenes(seed: int, count: int, numbers: Sequence[int] = (1, 2)) -> list[Scene]:
+    """Scenes that no LoRA is about."""
     chooser = random.Random(9000 + seed)
     found: list[Scene] = []
     while len(found) < count:
         scene, text = base_scene(chooser)
-        if len(scene.things) <= 2 and text == scene_caption(scene):
+        if len(scene.things) in numbers and text == scene_caption(scene):
             found.append(scene)
     return found
 
@@ -100,6 +100,35 @@ def composition(world: World, methods: Mapping[str, Method], seeds: Sequence[int
                 right = success(world.judge, found, things).float()
                 yield Record("composition", name, k, "objects right", seed, float(right.mean()))
                 yield Record("composition", name, k, "all right", seed, float((right.amin(0)).mean()))
+
+
+def baseline(world: World) -> Iterator[Record]:
+    """What the comparison rests on: the base follows prompts, and each LoRA shows its subject or style."""
+    for number in range(1, 5):
+        scenes = generic_scenes(0, 24, (number,))
+        right = []
+        for i, scene in enumerate(scenes):
+            found = pictures(world.base, scene_caption(scene), 4, 900 + i)
+            right.append(float(success(world.judge, found, scene.things).float().mean()))
+        yield Record("the base model", "objects as the prompt says", number, "success", 0, fmean(right))
+    for one in world.subjects:
+        assert one.subject is not None
+        model = Case(world.base, [one], 0).singles[0]
+        found = pictures(model, one.prompt, 32, 17)
+        yield Record(
+            "single LoRAs",
+            "subject",
+            1,
+            "success",
+            one.subject.index,
+            float(success(world.judge, found, [one.subject.thing]).float().mean()),
+        )
+    for one in world.styles:
+        assert one.style is not None
+        model = Case(world.base, [one], 0).singles[0]
+        found = pictures(model, caption(["red circle"], one.style.words), 32, 17)
+        seen = world.judge.look_at(found).style == STYLE_NAMES.index(one.style.name)
+        yield Record("single LoRAs", "style", 1, "success", one.style.index, float(seen.float().mean()))
 
 
 def styled(world: World, methods: Mapping[str, Method], seeds: Sequence[int], pairs: int = 4) -> Iterator[Record]:
