@@ -13,7 +13,7 @@ import torch
 
 from ..speed.machine import describe
 from .ablation import ablation, steps_and_tokens, wording
-from .methods import compared, protecting, without_slow
+from .methods import compared, protecting, sampling_of, without_slow
 from .protocols import baseline, composition, preservation, styled
 from .records import Record, rows
 from .report import page, plot, write_json
@@ -23,21 +23,19 @@ from .world.training import CACHE
 Part = Callable[[World, range], Iterator[Record]]
 
 
-def parts(toy: bool) -> dict[str, Part]:
-    """Independent parts of the benchmark, by name."""
-    ks, many = ((2,), (3,)) if toy else ((3, 5, 7, 9), (12, 15, 18, 21))
-    return {
-        "baseline": lambda world, seeds: baseline(world),
-        "preservation": lambda world, seeds: preservation(world, compared(), ks, seeds),
-        "composition": lambda world, seeds: composition(world, compared(), seeds),
-        "styled": lambda world, seeds: styled(world, compared() | protecting(), seeds),
-        "solve": ablation,
-        "data": steps_and_tokens,
-        "wording": wording,
-        "many": lambda world, seeds: preservation(
-            world, without_slow(compared()), many, seeds[:2], table="many subjects"
-        ),
-    }
+PARTS: dict[str, Part] = {
+    "baseline": lambda world, seeds: baseline(world),
+    "preservation": lambda world, seeds: preservation(world, compared(sampling_of(world)), world.scale.ks, seeds),
+    "composition": lambda world, seeds: composition(world, compared(sampling_of(world)), seeds),
+    "styled": lambda world, seeds: styled(world, compared(sampling_of(world)) | protecting(sampling_of(world)), seeds),
+    "solve": ablation,
+    "data": steps_and_tokens,
+    "wording": wording,
+    "many": lambda world, seeds: preservation(
+        world, without_slow(compared(sampling_of(world))), world.scale.many, seeds[:2], table="many subjects"
+    ),
+}
+"""Independent parts of the benchmark."""
 
 
 def main() -> None:
@@ -51,7 +49,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     kept = out / "records.jsonl" if options.toy else Path(options.cache) / "records.jsonl"
     records = [] if not options.only or not kept.exists() else _load(kept)
-    for name, part in parts(options.toy).items():
+    for name, part in PARTS.items():
         if options.only and name not in options.only:
             continue
         found = []
@@ -80,7 +78,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cache", default=str(CACHE), help="where trained files are kept")
     parser.add_argument("--toy", action="store_true", help="toy size: only shows that it runs")
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--only", nargs="*", choices=list(parts(False)), help="run these parts, keep the others' values")
+    parser.add_argument("--only", nargs="*", choices=list(PARTS), help="run these parts, keep the others' values")
     return parser.parse_args()
 
 

@@ -7,58 +7,60 @@ from dataclasses import replace
 
 from ssr_core import ANCHORS, PaperMerge, SSRMerge
 
-from .case import Case
-from .methods import SAMPLING, Method, engine
+from .case import Case, Sampling
+from .methods import Method, engine, sampling_of
 from .protocols import preservation
 from .records import Record
 from .world.building import World
 
-K = (5,)
 
-
-def variants() -> dict[str, Method]:
+def variants(sampling: Sampling) -> dict[str, Method]:
     """Solve settings, from one calibration."""
-    found: dict[str, Method] = {"default": engine(SSRMerge(), SAMPLING)}
+    found: dict[str, Method] = {"default": engine(SSRMerge(), sampling)}
     for anchor in ANCHORS:
         for ridge in (0.1, 0.01, 0.001):
-            found[f"anchor {anchor}, ridge {ridge:g}"] = engine(SSRMerge(anchor=anchor, ridge=ridge), SAMPLING)
-    found["not balanced"] = engine(SSRMerge(balance=False), SAMPLING)
-    found["paper (no canonical coordinates, absolute ridge)"] = engine(PaperMerge(), SAMPLING)
+            found[f"anchor {anchor}, ridge {ridge:g}"] = engine(SSRMerge(anchor=anchor, ridge=ridge), sampling)
+    found["not balanced"] = engine(SSRMerge(balance=False), sampling)
+    found["paper (no canonical coordinates, absolute ridge)"] = engine(PaperMerge(), sampling)
     return found
 
 
-def data() -> dict[str, Method]:
+def data(sampling: Sampling) -> dict[str, Method]:
     """Steps, how many of them are used, pictures, noise."""
     own = SSRMerge()
     found = {}
     for steps, used in ((1, None), (2, None), (4, None), (4, 1), (8, None), (8, 2), (12, None)):
         text = f"{steps} steps" + (f", first {used}" if used else "")
-        found[text] = engine(own, replace(SAMPLING, steps=steps, used=used))
+        found[text] = engine(own, replace(sampling, steps=steps, used=used))
     for images in (1, 4):
-        found[f"{images} x 64 image tokens a step"] = engine(own, replace(SAMPLING, images=images))
-    found["other noise for each LoRA"] = engine(own, replace(SAMPLING, noise="other"))
+        found[f"{images} x 64 image tokens a step"] = engine(own, replace(sampling, images=images))
+    found["other noise for each LoRA"] = engine(own, replace(sampling, noise="other"))
     return found
 
 
 def ablation(world: World, seeds: Sequence[int]) -> Iterator[Record]:
     """Solve settings."""
-    yield from preservation(world, variants(), K, seeds, table="ablation: solve")
+    yield from preservation(
+        world, variants(sampling_of(world)), world.scale.ablation_ks, seeds, table="ablation: solve"
+    )
 
 
 def steps_and_tokens(world: World, seeds: Sequence[int]) -> Iterator[Record]:
     """What calibration sees (Appendix G)."""
-    yield from preservation(world, data(), K, seeds, table="ablation: calibration data")
+    yield from preservation(
+        world, data(sampling_of(world)), world.scale.ablation_ks, seeds, table="ablation: calibration data"
+    )
 
 
 WORDINGS = ("{}; photo", "{}; nice picture of", "{}; drawing of")
 
 
-def worded(texts: Sequence[str]) -> Method:
+def worded(texts: Sequence[str], sampling: Sampling) -> Method:
     """The default, calibrated on other words than those that it is judged by."""
 
     def run(case: Case) -> dict[str, object]:
         prompts = tuple(tuple(text.format(one.prompt) for text in texts) for one in case.loras)
-        return engine(SSRMerge(), replace(SAMPLING, prompts=prompts))(case)
+        return engine(SSRMerge(), replace(sampling, prompts=prompts))(case)
 
     return run
 
@@ -66,7 +68,7 @@ def worded(texts: Sequence[str]) -> Method:
 def wording(world: World, seeds: Sequence[int]) -> Iterator[Record]:
     """Prompt wording and several prompts (Tables 9 and 10); the deviation over seeds stands in every table."""
     beside = "{}, red circle"
-    methods = {text.format("[V] noun"): worded((text,)) for text in ("{}", *WORDINGS, beside)}
-    methods["three wordings"] = worded(WORDINGS)
-    methods["alone and beside another object"] = worded(("{}", beside))
-    yield from preservation(world, methods, K, seeds, table="calibration prompts")
+    methods = {text.format("[V] noun"): worded((text,), sampling_of(world)) for text in ("{}", *WORDINGS, beside)}
+    methods["three wordings"] = worded(WORDINGS, sampling_of(world))
+    methods["alone and beside another object"] = worded(("{}", beside), sampling_of(world))
+    yield from preservation(world, methods, world.scale.ablation_ks, seeds, table="calibration prompts")

@@ -13,6 +13,7 @@ from ssr_core import AverageMerge, GainsMerge, MergeMethod, NPLoRAMerge, PaperMe
 from .baselines import LayerMerge, dare, knots_ties, least_squares, regmean, ties_merge
 from .case import Case, Sampling
 from .iteris import iteris
+from .world.building import World
 
 Method = Callable[[Case], dict[str, Tensor]]
 
@@ -39,11 +40,12 @@ def layerwise(one: LayerMerge, sampling: Sampling) -> Method:
     return run
 
 
-SAMPLING = Sampling()
-"""What all methods that need data get to see: whole sampling runs of eight steps."""
+def sampling_of(world: World) -> Sampling:
+    """What all methods that need data get to see: whole sampling runs."""
+    return Sampling(steps=world.scale.calibration_steps, images=world.scale.images)
 
 
-def compared(sampling: Sampling = SAMPLING) -> dict[str, Method]:
+def compared(sampling: Sampling) -> dict[str, Method]:
     """All rows of the tables but the single LoRA."""
     return {
         "average": engine(AverageMerge(), sampling),
@@ -66,12 +68,12 @@ def without_slow(methods: dict[str, Method]) -> dict[str, Method]:
     return {name: method for name, method in methods.items() if name != "IterIS"}
 
 
-def protecting() -> dict[str, Method]:
+def protecting(sampling: Sampling) -> dict[str, Method]:
     """NP-LoRA for pairs of a subject and a style, over mu and both ways to choose directions."""
-    found = {f"NP-LoRA, mu {mu:g}": engine(NPLoRAMerge(mu=mu), SAMPLING) for mu in (0.25, 0.5, 1.0, 4.0)}
-    found["NP-LoRA, hard"] = engine(NPLoRAMerge(hard=True), SAMPLING)
-    found["NP-LoRA, mu 0.5, half the energy"] = engine(NPLoRAMerge(energy=0.5), SAMPLING)
+    found = {f"NP-LoRA, mu {mu:g}": engine(NPLoRAMerge(mu=mu), sampling) for mu in (0.25, 0.5, 1.0, 4.0)}
+    found["NP-LoRA, hard"] = engine(NPLoRAMerge(hard=True), sampling)
+    found["NP-LoRA, mu 0.5, half the energy"] = engine(NPLoRAMerge(energy=0.5), sampling)
     found["NP-LoRA, mu 0.5, half the energy, by activations"] = engine(
-        NPLoRAMerge(energy=0.5, directions="activations"), SAMPLING
+        NPLoRAMerge(energy=0.5, directions="activations"), sampling
     )
     return found

@@ -53,7 +53,7 @@ def _subjects(world: World, case: Case, model: nn.Module | None) -> dict[str, fl
     for index, one in enumerate(case.loras):
         assert one.subject is not None
         own = case.singles[index]
-        found = pictures(model or own, one.subject.prompt, world.samples, 31 * case.seed + index)
+        found = pictures(model or own, one.subject.prompt, world.scale.samples, 31 * case.seed + index)
         shown.append(float(success(world.judge, found, [one.subject.thing]).float().mean()))
         alike.append(similarity(world.judge, found, one.subject.thing))
         if model is not None:
@@ -76,10 +76,10 @@ def generic_scenes(seed: int, count: int, numbers: Sequence[int] = (1, 2)) -> li
 def _generic(world: World, case: Case, model: nn.Module) -> dict[str, float]:
     """Success on generic prompts, and how far the model moved there, over the LoRAs' mean effect on their own."""
     shown, moved, effect = [], [], []
-    for number, scene in enumerate(generic_scenes(case.seed, 12)):
+    for number, scene in enumerate(generic_scenes(case.seed, world.scale.generic)):
         found = pictures(model, scene_caption(scene), 2, 500 + number)
         shown.append(float(success(world.judge, found, scene.things).all(0).float().mean()))
-    for number, scene in enumerate(generic_scenes(case.seed, 4)):
+    for number, scene in enumerate(generic_scenes(case.seed, min(4, world.scale.generic))):
         moved.append(velocity_change(model, case.base, scene_caption(scene), number))
     for index, one in enumerate(case.loras):
         effect.append(velocity_change(case.singles[index], case.base, one.prompt, 0))
@@ -96,7 +96,7 @@ def composition(world: World, methods: Mapping[str, Method], seeds: Sequence[int
             prompt = caption([one.prompt for one in case.loras])
             for name, model in merged(case, methods):
                 assert model is not None
-                found = pictures(model, prompt, 2 * world.samples, 41 * seed)
+                found = pictures(model, prompt, 2 * world.scale.samples, 41 * seed)
                 right = success(world.judge, found, things).float()
                 yield Record("composition", name, k, "objects right", seed, float(right.mean()))
                 yield Record("composition", name, k, "all right", seed, float((right.amin(0)).mean()))
@@ -105,7 +105,7 @@ def composition(world: World, methods: Mapping[str, Method], seeds: Sequence[int
 def baseline(world: World) -> Iterator[Record]:
     """What the comparison rests on: the base follows prompts, and each LoRA shows its subject or style."""
     for number in range(1, 5):
-        scenes = generic_scenes(0, 24, (number,))
+        scenes = generic_scenes(0, 2 * world.scale.generic, (number,))
         right = []
         for i, scene in enumerate(scenes):
             found = pictures(world.base, scene_caption(scene), 4, 900 + i)
@@ -114,7 +114,7 @@ def baseline(world: World) -> Iterator[Record]:
     for one in world.subjects:
         assert one.subject is not None
         model = Case(world.base, [one], 0).singles[0]
-        found = pictures(model, one.prompt, 32, 17)
+        found = pictures(model, one.prompt, 4 * world.scale.samples, 17)
         yield Record(
             "single LoRAs",
             "subject",
@@ -126,7 +126,7 @@ def baseline(world: World) -> Iterator[Record]:
     for one in world.styles:
         assert one.style is not None
         model = Case(world.base, [one], 0).singles[0]
-        found = pictures(model, caption(["red circle"], one.style.words), 32, 17)
+        found = pictures(model, caption(["red circle"], one.style.words), 4 * world.scale.samples, 17)
         seen = world.judge.look_at(found).style == STYLE_NAMES.index(one.style.name)
         yield Record("single LoRAs", "style", 1, "success", one.style.index, float(seen.float().mean()))
 
@@ -144,7 +144,7 @@ def styled(world: World, methods: Mapping[str, Method], seeds: Sequence[int], pa
             prompt = caption([subject.prompt], style.style.words)
             for name, model in merged(case, methods):
                 assert model is not None
-                found = pictures(model, prompt, world.samples, 51 * seed)
+                found = pictures(model, prompt, world.scale.samples, 51 * seed)
                 both = success(world.judge, found, [subject.subject.thing], style.style.name)[0]
                 content = shows(world.judge.look_at(found), [subject.subject.thing] * len(found), None, any_style=True)
                 painted = world.judge.look_at(found).style == STYLE_NAMES.index(style.style.name)

@@ -75,22 +75,6 @@ def plot(rows: Sequence[Row], name: str, metric: str, path: Path) -> None:
     pyplot.close(figure)
 
 
-WORLD = """\
-Published weights and LoRAs are not part of this benchmark: everything is trained here, from nothing. Pictures are 32 x 32
-drawings of one to four objects (shape, pattern, two colours) with captions; the model is a rectified-flow transformer with
-joint text-image attention, modulation by time and pooled text and separate q, k, v and MLP linears (width 128, 5 blocks).
-A subject is a look that the base never drew on that shape; its LoRA (rank 8, all attention and MLP layers of both streams)
-is trained on 24 drawings with a rare token and the class noun. Style LoRAs change whole pictures. The judge is a small
-convolutional network trained on drawings alone: an object counts as shown if shape, pattern and both colours are right.
-
-- success: share of samples that show what they should; similarity: cosine of the judge's features to those of drawings.
-- function distance: root mean square distance between the merged model's velocity and that of the model with the one LoRA
-  that the prompt is about, along sampling runs, over that LoRA's own effect. 0 is perfect, 1 is as far off as no LoRA.
-- leak: how far prompts that name no LoRA move, over the LoRAs' mean effect on their own prompts.
-
-Values are means and deviations over seeds; a seed chooses the LoRAs, the calibration noise and the sampling noise, and is
-the same for all methods. A toy world shows what methods do, not what they do on a big model: read it as such."""
-
 TABLES = {
     "the base model": ("success",),
     "single LoRAs": ("success",),
@@ -107,9 +91,9 @@ TABLES = {
 
 def page(rows: Sequence[Row], records: Sequence[Record], machine: dict[str, Any], minutes: float) -> str:
     """The whole page."""
-    lines = ["# Quality: a world of drawings", "", WORLD, ""]
-    findings = Path(__file__).with_name("findings.md")
-    lines += [findings.read_text(encoding="utf-8").strip(), ""]
+    lines = ["# Quality: a world of drawings", ""]
+    for part in ("world.md", "findings.md"):
+        lines += [Path(__file__).with_name(part).read_text(encoding="utf-8").strip(), ""]
     for name, metrics in TABLES.items():
         if not any(row.table == name for row in rows):
             continue
@@ -126,9 +110,17 @@ def page(rows: Sequence[Row], records: Sequence[Record], machine: dict[str, Any]
 def _versus(records: Sequence[Record]) -> list[str]:
     """Paired differences to ours."""
     ours = "SSR (ours)"
-    others = dict.fromkeys(r.method for r in records if r.table == "preservation" and r.method not in (ours, "single LoRA"))
-    lines = ["## Paired differences to ours", "", "Preservation, over all K and seeds: function distance minus ours; "
-             "positive means that ours is nearer.", "", "| method | mean | deviation | ours nearer |", "|---|---|---|---|"]
+    others = dict.fromkeys(
+        r.method for r in records if r.table == "preservation" and r.method not in (ours, "single LoRA")
+    )
+    lines = [
+        "## Paired differences to ours",
+        "",
+        "Preservation, over all K and seeds: function distance minus ours; positive means that ours is nearer.",
+        "",
+        "| method | mean | deviation | ours nearer |",
+        "|---|---|---|---|",
+    ]
     for other in others:
         found = paired(records, "preservation", "function distance", other, ours)
         if len(found) > 1:

@@ -12,7 +12,7 @@ import torch
 
 from .judge import Judge, judge
 from .loras import Trained, lora
-from .network import Painter
+from .network import DEPTH, Painter
 from .pool import Style, Subject, styles, subjects
 from .training import BASE_RUNS, CACHE, Runs, base_model
 
@@ -23,25 +23,53 @@ class Scale:
 
     Attributes:
         base_runs: Training runs of the base model.
+        depth: Blocks of the base model.
         judge_steps: Training steps of the judge.
         lora_steps: Training steps of each LoRA.
         subjects: Number of subject LoRAs.
         styles: Number of style LoRAs.
         samples: Pictures for each prompt.
+        generic: Prompts that name no LoRA.
+        images: Pictures in a calibration pass.
+        calibration_steps: Steps of a calibration pass.
+        ks: Numbers of LoRAs in the main table.
+        many: Numbers of LoRAs in the table of many.
+        ablation_ks: Numbers of LoRAs in the ablations.
         seeds: Runs with LoRAs, calibration noise and sampling noise of their own.
     """
 
     base_runs: Runs = BASE_RUNS
+    depth: int = DEPTH
     judge_steps: int = 1000
     lora_steps: int = 300
     subjects: int = 21
     styles: int = 5
     samples: int = 8
+    generic: int = 12
+    images: int = 16
+    calibration_steps: int = 8
+    ks: tuple[int, ...] = (3, 5, 7, 9)
+    many: tuple[int, ...] = (12, 15, 18, 21)
+    ablation_ks: tuple[int, ...] = (5,)
     seeds: int = 5
 
 
 FULL = Scale()
-TOY = Scale(base_runs=((3, 1e-3), (2, 1e-3)), judge_steps=4, lora_steps=2, subjects=4, styles=2, samples=1, seeds=2)
+TOY = Scale(
+    base_runs=((3, 1e-3), (2, 1e-3)),
+    judge_steps=4,
+    lora_steps=2,
+    subjects=4,
+    styles=1,
+    samples=1,
+    generic=1,
+    images=1,
+    calibration_steps=2,
+    ks=(2,),
+    many=(3,),
+    ablation_ks=(2,),
+    seeds=1,
+)
 
 
 @dataclass(frozen=True)
@@ -53,28 +81,28 @@ class World:
         judge: The judge of its pictures.
         subjects: LoRAs of subjects.
         styles: LoRAs of styles.
-        samples: Pictures for each prompt.
+        scale: How much is measured.
     """
 
     base: Painter
     judge: Judge
     subjects: Sequence[Trained]
     styles: Sequence[Trained]
-    samples: int
+    scale: Scale
 
 
 def _train_one(who: Subject | Style, cache: Path, scale: Scale) -> None:
     torch.set_num_threads(1)
-    lora(base_model(cache, scale.base_runs), who, cache, scale.lora_steps)
+    lora(base_model(cache, scale.base_runs, scale.depth), who, cache, scale.lora_steps)
 
 
 def build(cache: Path = CACHE, scale: Scale = FULL) -> World:
     """Train what the cache lacks: the base model on all cores, then LoRAs in one process a core."""
-    base, looks = base_model(cache, scale.base_runs), judge(cache, scale.judge_steps)
+    base, looks = base_model(cache, scale.base_runs, scale.depth), judge(cache, scale.judge_steps)
     everybody = [*subjects()[: scale.subjects], *styles()[: scale.styles]]
     with ProcessPoolExecutor(torch.get_num_threads(), mp_context=get_context("spawn")) as pool:
         jobs = [pool.submit(_train_one, who, cache, scale) for who in everybody]
         for job in jobs:
             job.result()
     trained = [lora(base, who, cache, scale.lora_steps) for who in everybody]
-    return World(base, looks, trained[: scale.subjects], trained[scale.subjects :], scale.samples)
+    return World(base, looks, trained[: scale.subjects], trained[scale.subjects :], scale)

@@ -69,7 +69,7 @@ class Block(nn.Module):
 class Painter(nn.Module):
     """Velocity of a rectified flow: picture - noise, from a noisy picture, its time and a caption."""
 
-    def __init__(self, width: int = WIDTH, depth: int = DEPTH) -> None:
+    def __init__(self, depth: int = DEPTH, width: int = WIDTH) -> None:
         super().__init__()
         self.words = nn.Embedding(len(WORDS), width)
         self.txt_place = nn.Parameter(0.02 * torch.randn(LENGTH, width))
