@@ -15,7 +15,7 @@ help:
 	@echo "make bench-padding, bench-batching, bench-conversion   measurements behind defaults (docs/benchmarks/)"
 	@echo "make bench-quantised COMFYUI_PATH=<path>   how much of a merge acts on quantised models, and its cost"
 	@echo "make bench-speed                     speed and memory (ARGS='--device cuda', '--threads n'); docs/benchmarks/speed.md"
-	@echo "make bench-quality                   trains a small world and compares methods in it (about an hour and a half the first time)"
+	@echo "make bench-quality                   trains a small world and compares methods in it (tables to docs/benchmarks/quality.md)"
 	@echo "make bench-smoke                     the benchmarks at toy size: only shows that they run"
 	@echo "make clean                           remove the virtual environment and all outputs"
 

@@ -8,7 +8,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ssr_core import AverageMerge, GainsMerge, MergeMethod, NPLoRAMerge, PaperMerge, SSRMerge, SumMerge, merge
+from ssr_core import (
+    AverageMerge,
+    GainsMerge,
+    MergeMethod,
+    NPLoRAMerge,
+    PaperMerge,
+    ScoutOptions,
+    SSRMerge,
+    SumMerge,
+    merge,
+)
 
 from .baselines import LayerMerge, dare, knots_ties, least_squares, regmean, ties_merge
 from .case import Case, Sampling
@@ -60,6 +70,7 @@ def compared(sampling: Sampling) -> dict[str, Method]:
         "SSR (paper)": engine(PaperMerge(), replace(sampling, used=1)),
         "SSR (paper's formula, our data)": engine(PaperMerge(), sampling),
         "SSR (ours)": engine(SSRMerge(), sampling),
+        "SSR (ours, readers)": engine(SSRMerge(), replace(sampling, scout=ScoutOptions())),
     }
 
 

@@ -12,7 +12,7 @@ import torch
 
 from .judge import Judge, judge
 from .loras import Trained, lora
-from .network import DEPTH, Painter
+from .network import DEPTH, WIDTH, Painter
 from .pool import Style, Subject, styles, subjects
 from .training import BASE_RUNS, CACHE, Runs, base_model
 
@@ -24,6 +24,7 @@ class Scale:
     Attributes:
         base_runs: Training runs of the base model.
         depth: Blocks of the base model.
+        width: Of its tokens.
         judge_steps: Training steps of the judge.
         lora_steps: Training steps of each LoRA.
         subjects: Number of subject LoRAs.
@@ -40,6 +41,7 @@ class Scale:
 
     base_runs: Runs = BASE_RUNS
     depth: int = DEPTH
+    width: int = WIDTH
     judge_steps: int = 1000
     lora_steps: int = 300
     subjects: int = 21
@@ -57,6 +59,8 @@ class Scale:
 FULL = Scale()
 TOY = Scale(
     base_runs=((3, 1e-3), (2, 1e-3)),
+    depth=1,
+    width=32,
     judge_steps=4,
     lora_steps=2,
     subjects=4,
@@ -93,12 +97,12 @@ class World:
 
 def _train_one(who: Subject | Style, cache: Path, scale: Scale) -> None:
     torch.set_num_threads(1)
-    lora(base_model(cache, scale.base_runs, scale.depth), who, cache, scale.lora_steps)
+    lora(base_model(cache, scale.base_runs, scale.depth, scale.width), who, cache, scale.lora_steps)
 
 
 def build(cache: Path = CACHE, scale: Scale = FULL) -> World:
     """Train what the cache lacks: the base model on all cores, then LoRAs in one process a core."""
-    base, looks = base_model(cache, scale.base_runs, scale.depth), judge(cache, scale.judge_steps)
+    base, looks = base_model(cache, scale.base_runs, scale.depth, scale.width), judge(cache, scale.judge_steps)
     everybody = [*subjects()[: scale.subjects], *styles()[: scale.styles]]
     with ProcessPoolExecutor(torch.get_num_threads(), mp_context=get_context("spawn")) as pool:
         jobs = [pool.submit(_train_one, who, cache, scale) for who in everybody]

@@ -21,7 +21,7 @@ from .pool import random_look
 from .scenes import COLOUR_NAMES, PATTERNS, SHAPES, SIZE, STYLES, Look, Scene, Thing, draw
 from .training import CACHE
 
-STEPS, BATCH = 1000, 64
+STEPS, BATCH = 1200, 64
 STYLE_NAMES = (None, *STYLES)
 _UNORDERED = ("striped", "banded", "checkered")
 
@@ -105,7 +105,7 @@ def _examples(chooser: random.Random, generator: torch.Generator) -> tuple[Tenso
         pictures.append(crops(draw(scenes, generator), count)[which])
         things += [scene.things[which] for scene in scenes]
         styles += [scene.style for scene in scenes]
-    batch = torch.cat(pictures)
+    batch = _ragged(torch.cat(pictures), generator)
     batch = batch + 0.08 * torch.rand(len(batch), 1, 1, 1, generator=generator) * torch.randn(
         batch.shape, generator=generator
     )
@@ -117,6 +117,18 @@ def _examples(chooser: random.Random, generator: torch.Generator) -> tuple[Tenso
         [STYLE_NAMES.index(style) for style in styles],
     ]
     return batch, [torch.tensor(one) for one in answers]
+
+
+def _ragged(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Edges as a painter's unsteady hand leaves them: every pixel is read from up to two pixels away."""
+    count = len(pictures)
+    axis = (torch.arange(SIZE) + 0.5) / SIZE * 2 - 1
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    strength = 2 * torch.rand(count, 1, 1, 1, generator=generator) * 2 / SIZE
+    coarse = torch.randn(count, 2, SIZE // 2, SIZE // 2, generator=generator)
+    shift = functional.interpolate(coarse, size=(SIZE, SIZE), mode="bilinear").permute(0, 2, 3, 1) * strength
+    grid = torch.stack([x, y], dim=-1)[None] + shift.clamp(-4 / SIZE, 4 / SIZE)
+    return functional.grid_sample(pictures, grid, mode="nearest", padding_mode="border", align_corners=False)
 
 
 def _thing(chooser: random.Random) -> Thing:

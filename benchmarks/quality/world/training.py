@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .captions import encode
-from .network import DEPTH, Painter
+from .network import DEPTH, WIDTH, Painter
 from .pool import base_scene
 from .scenes import draw
 
@@ -81,10 +81,10 @@ def base_batches(seed: int, size: int) -> Callable[[int], Batch]:
     return batch
 
 
-def base_model(cache: Path = CACHE, runs: Runs = BASE_RUNS, depth: int = DEPTH) -> Painter:
+def base_model(cache: Path = CACHE, runs: Runs = BASE_RUNS, depth: int = DEPTH, width: int = WIDTH) -> Painter:
     """The base model: from the cache, else trained (most of the benchmark's time)."""
     torch.manual_seed(0)
-    model = Painter(depth)
+    model = Painter(depth, width)
     for number in range(len(runs)):
         steps, rate = runs[number]
         path = cache / f"base_{'_'.join(str(done) for done, _ in runs[: number + 1])}.safetensors"
