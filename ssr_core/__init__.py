@@ -48,8 +48,7 @@ from .parse import read_adapter
 from .records import TaskRecord, records_of
 from .report import FileAccount, LayerReport, MergeReport
 from .router import ANCHORS, Anchor
-from .sampling import InputSample, ScoutOptions
-from .scout import Scout
+from .sampling import InputSample, SampleOptions
 from .stacks import LayerStack, Task, build_stacks
 from .taps import Tap
 from .targets import KeyMap, KeyTarget, Part, Target
@@ -111,8 +110,7 @@ __all__ = [
     "Rest",
     "SSRMerge",
     "SSRMergeError",
-    "Scout",
-    "ScoutOptions",
+    "SampleOptions",
     "SharingError",
     "SolveError",
     "SumMerge",

@@ -10,7 +10,6 @@ import torch
 from .calibration import Calibration
 from .diagnostics import separability
 from .gram import GramStats
-from .methods import RouterView
 from .report import LayerReport
 from .router import pooled
 from .stacks import LayerStack, Task
@@ -119,14 +118,10 @@ def _anchored(layers: Sequence[LayerReport]) -> list[str]:
     return warnings
 
 
-def note_separability(
-    apart: Separabilities, stack: LayerStack, stats: GramStats | None, view: RouterView | None
-) -> None:
+def note_separability(apart: Separabilities, stack: LayerStack, stats: GramStats | None) -> None:
     """Remember how different each pair of tasks is on one stack to its router, where it saw tokens enough."""
     if stats is None or bool((stats.tokens < stack.rank).any()):
         return
-    if view is None or not view.wide:
-        stats = stats.without_readers()
     matrix = separability(pooled(stats.gram.to(torch.float64), stats.tokens, balanced=True))
     for i, j in combinations(range(len(stack.tasks)), 2):
         apart.setdefault((stack.tasks[i], stack.tasks[j]), []).append(float(matrix[i, j]))

@@ -13,6 +13,7 @@ from .errors import CalibrationError, IncompatibleError
 from .gram import GramAccumulator, GramStats
 from .padding import PaddingMode
 from .records import TaskRecord, records_of
+from .sampling import InputSample, SampleOptions
 from .stacks import LayerStack, Task
 from .taps import Tap
 from .targets import Target
@@ -101,9 +102,10 @@ class Calibration:
                 layer=str(stack.target),
                 remedy="calibrate again.",
             )
-        if picked.readers is not None and picked.readers.shape[1] != stack.in_features:
+        widths = {sample.rows.shape[1] for sample in picked.samples or ()} - {stack.in_features}
+        if widths:
             raise IncompatibleError(
-                f"its readers read {picked.readers.shape[1]} inputs, the LoRAs {stack.in_features}.",
+                f"its sampled inputs are {min(widths)} wide, the LoRAs read {stack.in_features}.",
                 layer=str(stack.target),
                 remedy="calibrate again.",
             )
@@ -130,29 +132,31 @@ class Calibrator:
     Args:
         stacks: The stacks of one part of the model; those that hooks cannot watch are left out.
         padding: How padded text tokens count.
-        readers: (E, in) orthonormal rows that routers may read beside a stack's own (`Scout.readers`).
+        sample: Keep some whole inputs of the routed layers too, for `refinement`.
     """
 
     def __init__(
         self,
         stacks: Sequence[LayerStack],
         padding: PaddingMode = "balance",
-        readers: Mapping[Target, Tensor] | None = None,
+        sample: SampleOptions | None = None,
     ) -> None:
         self.stacks = [stack for stack in stacks if stack.tapped]
         self.padding: PaddingMode = padding
-        routed = {stack.target for stack in self.stacks if len(stack.blocks) > 1}
-        self.readers = {target: rows for target, rows in (readers or {}).items() if target in routed and len(rows)}
+        self.sample = sample
         self._done: dict[tuple[Target, int], GramAccumulator] = {}
+        self._samples: dict[tuple[str, int], InputSample] = {}
 
     @contextmanager
     def task(self, index: int) -> Iterator[Tap]:
         """A tap for one task's passes; its statistics count only if the block succeeds."""
-        tap = Tap(self.stacks, index, self.padding, self.readers)
+        tap = Tap(self.stacks, index, self.padding, self.sample)
         yield tap
         for target, accumulator in tap.accumulators():
             accumulator.to_host()
             self._done[(target, index)] = accumulator
+        for path, sample in tap.samples():
+            self._samples[(path, index)] = sample
         check_ran(tap, index)
 
     def result(self) -> dict[Target, GramStats]:
@@ -164,9 +168,9 @@ class Calibrator:
         for stack in self.stacks:
             if len(stack.blocks) < 2:
                 continue
-            ranks, readers = stack.basis_ranks, self.readers.get(stack.target)
-            size = sum(ranks) + (0 if readers is None else len(readers))
-            empty = torch.zeros(size, size)
+            ranks, path = stack.basis_ranks, stack.target.module_path
+            empty = torch.zeros(sum(ranks), sum(ranks))
+            kept = [self._samples[(path, task)] for task in stack.tasks if (path, task) in self._samples]
             # popped: two copies of all statistics would be alive otherwise
             found = [self._done.pop((stack.target, task), None) for task in stack.tasks]
             stats[stack.target] = GramStats(
@@ -174,7 +178,7 @@ class Calibrator:
                 torch.tensor([0.0 if one is None else float(one.tokens) for one in found], dtype=torch.float64),
                 torch.tensor([0 if one is None else int(one.nonfinite) for one in found], dtype=torch.int64),
                 ranks,
-                readers,
+                tuple(kept) if len(kept) == len(stack.tasks) else None,
             )
         return stats
 

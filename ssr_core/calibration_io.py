@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from .files import atomic_path, json_text, read_safetensors, write_safetensors
 from .finite import all_finite
 from .gram import GramStats
 from .records import TaskRecord
+from .sampling import InputSample
 from .targets import Target
 
 FORMAT = "ssr_calibration"
 VERSION = 2
-"""Of files with readers. Those without are written as version 1, which knows none: older releases read them."""
+"""Of files with sampled inputs. Those without are written as version 1, which knows none: older releases read them."""
 
 
 def save_calibration(calibration: Calibration, path: Path, overwrite: bool = False) -> None:
@@ -33,14 +35,17 @@ def save_calibration(calibration: Calibration, path: Path, overwrite: bool = Fal
     """
     tensors: dict[str, Tensor] = {}
     stacks: list[dict[str, object]] = []
+    modules: dict[tuple[str, str], int] = {}
     for index, (target, stats) in enumerate(calibration.stats.items()):
         size = stats.gram.shape[1]
         rows, columns = torch.triu_indices(size, size)
         tensors[f"{index}.gram"] = stats.gram.flatten(1).index_select(1, rows * size + columns)
         tensors[f"{index}.tokens"] = stats.tokens
         tensors[f"{index}.nonfinite"] = stats.nonfinite
-        if stats.readers is not None:
-            tensors[f"{index}.readers"] = stats.readers
+        module = modules.setdefault((target.part, target.module_path), index)
+        for task, sample in zip(calibration.stack_tasks[target], stats.samples or (), strict=False):
+            tensors[f"{module}.sample.{task}.rows"] = sample.rows
+            tensors[f"{module}.sample.{task}.weights"] = sample.weights
         if target in calibration.signatures:
             tensors[f"{index}.signature"] = calibration.signatures[target]
         stacks.append(
@@ -50,10 +55,11 @@ def save_calibration(calibration: Calibration, path: Path, overwrite: bool = Fal
                 "part": target.part,
                 "ranks": stats.ranks,
                 "tasks": calibration.stack_tasks[target],
+                "samples": None if stats.samples is None else module,
             }
         )
     header = {
-        "version": 1 if all(stats.readers is None for stats in calibration.stats.values()) else VERSION,
+        "version": 1 if all(stats.samples is None for stats in calibration.stats.values()) else VERSION,
         "tasks": [asdict(record) for record in calibration.tasks],
         "stacks": stacks,
         "model": calibration.model,
@@ -144,23 +150,33 @@ def _stack(
     ranks = tuple(int(rank) for rank in stack["ranks"])
     members = tuple(int(task) for task in stack["tasks"])
     packed = tensors[f"{index}.gram"]
-    readers = tensors.get(f"{index}.readers")
-    size = sum(ranks) + (0 if readers is None else len(readers))
+    size = sum(ranks)
     if len(members) != len(ranks) or any(not 0 <= m < tasks for m in members) or not ranks or min(ranks) < 0:
         raise ValueError(f"layer {target}")
     if packed.shape != (len(ranks), size * (size + 1) // 2) or packed.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"Grams of {target} have the shape {tuple(packed.shape)}")
     if not all_finite(packed):
         raise ValueError(f"Grams of {target} are not finite")
-    if readers is not None and (readers.ndim != 2 or not readers.is_floating_point() or not all_finite(readers)):
-        raise ValueError(f"readers of {target}")
     if size not in places:  # most layers are of one rank
         places[size] = _places(size)
     gram = packed.index_select(1, places[size]).view(len(ranks), size, size)
     tokens, nonfinite = tensors[f"{index}.tokens"].double(), tensors[f"{index}.nonfinite"].long()
     if not bool(torch.isfinite(tokens).all()) or bool((tokens < 0).any()) or bool((nonfinite < 0).any()):
         raise ValueError(f"token counts of {target}")
-    return target, members, GramStats(gram, tokens, nonfinite, ranks, readers)
+    samples = None if stack.get("samples") is None else _samples(int(stack["samples"]), members, tensors)
+    return target, members, GramStats(gram, tokens, nonfinite, ranks, samples)
+
+
+def _samples(module: int, members: Sequence[int], tensors: dict[str, Tensor]) -> tuple[InputSample, ...]:
+    """Sampled inputs of one module; stacks of its rows share them."""
+    found = []
+    for task in members:
+        rows, weights = (tensors[f"{module}.sample.{task}.{name}"] for name in ("rows", "weights"))
+        fits = rows.ndim == 2 and rows.is_floating_point() and weights.shape == rows.shape[:1] and len(rows) > 0
+        if not fits or not all_finite(rows) or not all_finite(weights) or not bool((weights > 0).all()):
+            raise ValueError(f"sampled inputs {module}.{task}")
+        found.append(InputSample(rows, weights.double()))
+    return tuple(found)
 
 
 def _places(size: int) -> Tensor:

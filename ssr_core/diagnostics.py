@@ -5,8 +5,8 @@ With `B` the stacked ups, `M` a router, `E_k` the selector of block k and `W = B
     error of M on task k      = tr(B (M - E_k) S_k (M - E_k)^T B^T)
     branch j under task i     = tr(W_jj [M S_i M^T]_jj)          (SSR-Merge, Figure 1)
 
-A router that has readers is (R, R + E), its Grams are (K, R + E, R + E), and E_k selects from all of
-them. A diagonal one reads the R coordinates of the blocks alone.
+A router that reads E signals more is (R, R + E), its Grams are (K, R + E, R + E), and E_k selects from
+all of them. A diagonal one reads the R coordinates of the blocks alone.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import CalibrationError
+from .sampling import InputSample
 
 
 @dataclass(frozen=True)
@@ -16,39 +17,28 @@ class GramStats:
     """What calibration knows about one stack.
 
     Attributes:
-        gram: (K, R + E, R + E), float32 or float64: `S_k = Z_k Z_k^T`, one for each block of the stack,
-            in the stack's orthonormal coordinates and, after them, those of the readers.
+        gram: (K, R, R), float32 or float64: `S_k = Z_k Z_k^T`, one for each block of the stack, in the
+            stack's orthonormal coordinates.
         tokens: (K,) float64, number of (weighted) tokens in each S_k.
         nonfinite: (K,) int64, tokens left out because a coordinate was NaN or infinite.
         ranks: Rows that each block contributes to R.
-        readers: (E, in), orthonormal rows outside the stack's row space: what a router may read beside
-            the LoRAs' own coordinates. None where it reads nothing else.
+        samples: Whole inputs of the layer, one sample for each block; None where none were kept.
     """
 
     gram: Tensor
     tokens: Tensor
     nonfinite: Tensor
     ranks: tuple[int, ...]
-    readers: Tensor | None = None
+    samples: tuple[InputSample, ...] | None = None
 
     def __post_init__(self) -> None:
-        k, r = len(self.ranks), sum(self.ranks) + self.reader_rows
+        k, r = len(self.ranks), sum(self.ranks)
         if self.gram.shape != (k, r, r) or self.tokens.shape != (k,) or self.nonfinite.shape != (k,):
             raise CalibrationError(
                 f"statistics of shape {tuple(self.gram.shape)} do not belong to {k} LoRAs of ranks {self.ranks}."
             )
-
-    @property
-    def reader_rows(self) -> int:
-        """E."""
-        return 0 if self.readers is None else self.readers.shape[0]
-
-    def without_readers(self) -> GramStats:
-        """Statistics of the blocks' own coordinates, for methods that read nothing else."""
-        if self.readers is None:
-            return self
-        size = sum(self.ranks)
-        return GramStats(self.gram[:, :size, :size], self.tokens, self.nonfinite, self.ranks)
+        if self.samples is not None and len(self.samples) != k:
+            raise CalibrationError(f"{len(self.samples)} samples do not belong to {k} LoRAs.")
 
     @property
     def complete(self) -> bool:
@@ -58,16 +48,16 @@ class GramStats:
     def subset(self, blocks: Sequence[int]) -> GramStats:
         """Statistics of some of the blocks, as if the others had never been there.
 
-        The passes of the remaining tasks ran alone, so nothing of a dropped one is left in them. The
-        readers stay: any rows may be read.
+        The passes of the remaining tasks ran alone, so nothing of a dropped one is left in them.
         """
         starts = [sum(self.ranks[:i]) for i in range(len(self.ranks))]
         rows = [torch.arange(starts[b], starts[b] + self.ranks[b]) for b in blocks]
-        index = torch.cat([*rows, torch.arange(sum(self.ranks), self.gram.shape[1])])
+        index = torch.cat(rows)
         picked = torch.tensor(list(blocks), dtype=torch.long)
         gram = self.gram[picked][:, index][:, :, index]
         ranks = tuple(self.ranks[b] for b in blocks)
-        return GramStats(gram, self.tokens[picked], self.nonfinite[picked], ranks, self.readers)
+        samples = None if self.samples is None else tuple(self.samples[b] for b in blocks)
+        return GramStats(gram, self.tokens[picked], self.nonfinite[picked], ranks, samples)
 
 
 _CHUNK = 16384

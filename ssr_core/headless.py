@@ -9,8 +9,7 @@ from torch import nn
 
 from .calibration import Calibration, Calibrator, assemble
 from .padding import PaddingMode
-from .sampling import ScoutOptions
-from .scout import Scout
+from .sampling import SampleOptions
 from .stacks import LayerStack, Task
 from .taps import Tap
 
@@ -22,7 +21,7 @@ def calibrate(
     run_pass: Callable[[int, Tap], None],
     *,
     padding: PaddingMode = "balance",
-    scout: ScoutOptions | None = None,
+    sample: SampleOptions | None = None,
 ) -> Calibration:
     """Calibrate a plain PyTorch model (no ComfyUI).
 
@@ -31,31 +30,19 @@ def calibrate(
         tasks: The LoRAs.
         stacks: `build_stacks(tasks)`.
         run_pass: Runs the model on task i's prompts; the hooks are attached while it runs. All tasks
-            must see the same noise: other noise is a difference that the router would learn. With a
-            scout it is called for all tasks twice; `tap.scouting` is True the first time, where fewer
-            steps will do.
+            must see the same noise: other noise is a difference that the router would learn.
         padding: How padded text tokens count.
-        scout: Find readers first, by which routers tell the tasks apart; None keeps to the LoRAs' own
-            coordinates.
+        sample: Keep some whole inputs of every routed layer for `refinement`; None keeps none, and
+            routers then see the LoRAs' own coordinates only.
 
     Returns:
         The calibration.
 
     Raises:
         CalibrationError: A pass reached no layer of its LoRA, or a layer does not fit.
-        SolveError: The scout's ridge is too small for a layer.
     """
-    readers, settings = None, None
-    if scout is not None:
-        ahead = Scout(stacks, scout, padding)
-        _run_all(root, ahead, len(tasks), run_pass)
-        readers, settings = ahead.readers(), {"scout": asdict(scout)}
-    calibrator = Calibrator(stacks, padding, readers)
-    _run_all(root, calibrator, len(tasks), run_pass)
-    return assemble(tasks, [calibrator], settings=settings)
-
-
-def _run_all(root: nn.Module, collector: Scout | Calibrator, count: int, run_pass: Callable[[int, Tap], None]) -> None:
-    for index in range(count):
-        with collector.task(index) as tap, tap.attached(root):
+    calibrator = Calibrator(stacks, padding, sample)
+    for index in range(len(tasks)):
+        with calibrator.task(index) as tap, tap.attached(root):
             run_pass(index, tap)
+    return assemble(tasks, [calibrator], settings=None if sample is None else {"sample": asdict(sample)})

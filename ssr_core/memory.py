@@ -10,7 +10,7 @@ import torch
 from .errors import MemoryBudgetError
 from .input_hooks import InputLayer
 from .moments import MomentOptions
-from .sampling import ScoutOptions
+from .sampling import SampleOptions
 from .stacks import LayerStack
 
 
@@ -19,55 +19,51 @@ class MemoryNeed:
     """Bytes that calibration will hold.
 
     Attributes:
-        device: On the compute device: stacked downs, one set of Grams, the active ups; with a scout the
-            readers too, or its samples where they are larger than the Grams.
-        host: In main memory: one Gram for each LoRA and layer, and the orthonormal coordinates; with a
-            scout the readers too, and its samples where they are larger than the Grams.
+        device: On the compute device: stacked downs, one set of Grams, the active ups, one set of samples.
+        host: In main memory: one Gram for each LoRA and layer, the orthonormal coordinates, and the samples.
     """
 
     device: int
     host: int
 
 
-def memory_need(stacks: Sequence[LayerStack], dtype: torch.dtype, scout: ScoutOptions | None = None) -> MemoryNeed:
+def memory_need(stacks: Sequence[LayerStack], dtype: torch.dtype, sample: SampleOptions | None = None) -> MemoryNeed:
     """Predict calibration's memory from shapes alone.
 
     Args:
         stacks: All stacks of one part.
         dtype: Of the activations; float16 ones are projected in float32.
-        scout: How readers are found, if they are.
+        sample: Which whole inputs are kept, if any.
     """
     itemsize = 4 if dtype == torch.float16 else dtype.itemsize
-    device = host = grams = kept = 0
+    device = host = 0
     samples: dict[str, int] = {}
     sampled: dict[str, set[int]] = {}
     for stack in (stack for stack in stacks if stack.tapped):
         ranks = stack.rank_bounds
-        routed = len(ranks) > 1
-        rank = sum(ranks) if routed else 0
-        readers = 0
-        if scout is not None and routed:
-            readers = min(rank if scout.limit is None else scout.limit, rank, stack.in_features)
+        rank, routed = sum(ranks), len(ranks) > 1
+        device += itemsize * (rank * stack.in_features + max(ranks) * stack.out_features)
+        host += 4 * rank * stack.in_features
+        if routed:
+            device += 4 * rank * rank
+            host += 4 * len(ranks) * rank * rank
+        if routed and sample is not None:
             path = stack.target.module_path
-            samples[path] = (scout.tokens + 1) * stack.in_features * dtype.itemsize
+            samples[path] = sample.tokens * stack.in_features * dtype.itemsize
             sampled.setdefault(path, set()).update(stack.tasks)
-        rows = sum(ranks) + readers
-        device += itemsize * (rows * stack.in_features + max(ranks) * stack.out_features)
-        host += 4 * rows * stack.in_features
-        grams += 4 * (rank + readers) ** 2
-        kept += 4 * len(ranks) * (rank + readers) ** 2
-    held = sum(len(sampled[path]) * size for path, size in samples.items())
-    return MemoryNeed(device + max(grams, sum(samples.values())), host + max(kept, held))
+    one = sum(size * (sample.tokens + 1) // sample.tokens for size in samples.values()) if sample is not None else 0
+    return MemoryNeed(device + one, host + sum(len(sampled[path]) * size for path, size in samples.items()))
 
 
 LAYERS_AT_ONCE = 64
 """Layers that a merge solves at once, at most."""
 
 
-def bytes_to_solve(stack: LayerStack, readers: int = 0) -> int:
-    """Grams and factors of one layer in float64."""
-    r = sum(stack.rank_bounds) + readers
-    return 8 * (r * r * (len(stack.blocks) + 4) + r * (stack.in_features + stack.out_features))
+def bytes_to_solve(stack: LayerStack, sampled: int = 0) -> int:
+    """Grams, factors and `sampled` whole inputs of one layer in float64, and what a refinement makes of these."""
+    r = sum(stack.rank_bounds)
+    solved = r * r * (len(stack.blocks) + 4) + r * (stack.in_features + stack.out_features)
+    return 8 * (solved + sampled * (stack.in_features + 3 * sampled + 6 * r))
 
 
 def layers_at_once(largest: int) -> int:

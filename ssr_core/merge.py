@@ -107,7 +107,7 @@ def merge(
             layers[stack.target] = _finish(stack, factors, out_dtype)
             reports.append(layer_report(stack, factors, one, method))
             if not isinstance(method, RoleMethod):
-                note_separability(apart, stack, one, factors.view)
+                note_separability(apart, stack, one)
     tick(len(order), len(order))
     for stack in stacks:
         if len(stack.blocks) == 1:
@@ -193,9 +193,10 @@ class _Statistics:
         return all(record.strength(stack.target.part) != 0 for record in records)
 
     def bytes_to_solve(self, stack: LayerStack) -> int:
-        """What solving a stack takes, with the readers of its statistics."""
+        """What solving a stack takes, with the sampled inputs of its statistics."""
         stats = None if self._calibration is None else self._calibration.stats.get(stack.origin or stack.target)
-        return bytes_to_solve(stack, 0 if stats is None else stats.reader_rows)
+        samples = () if stats is None or stats.samples is None else stats.samples
+        return bytes_to_solve(stack, sum(len(sample.rows) for sample in samples))
 
     def of(self, stack: LayerStack) -> GramStats | None:
         """Statistics of one stack, None without a calibration."""

@@ -1,9 +1,8 @@
 """The router: least squares in the R-dimensional space of the stacked coordinates.
 
 `Rt = (Q + mu R0) (G + mu I)^-1` with `G = sum_k S_k` and block row k of `Q` = block row k of `S_k`
-(SSR-Merge, Theorem 3.1; the anchor `R0` and the relative ridge `mu` are ours). With readers the
-coordinates are E more than the R that the ups take, and the router is (R, R + E). Free functions
-on float64 tensors; nothing here knows about layers, files or devices.
+(SSR-Merge, Theorem 3.1; the anchor `R0` and the relative ridge `mu` are ours). Free functions on
+float64 tensors; nothing here knows about layers, files or devices.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ def correlation(grams: Tensor) -> Tensor:
 
 
 def guide(grams: Tensor, ranks: Sequence[int]) -> Tensor:
-    """Q: block row k is block row k of S_k, (R, R + E) of grams (K, R + E, R + E)."""
-    q = grams.new_zeros(sum(ranks), grams.shape[2])
+    """Q: block row k is block row k of S_k, (R, R) of grams (K, R, R)."""
+    q = torch.zeros_like(grams[0])
     for k, rows in enumerate(block_slices(ranks)):
         q[rows] = grams[k, rows]
     return q
@@ -77,13 +76,13 @@ def solve(q: Tensor, g: Tensor, anchor: Tensor, mu: Tensor) -> tuple[Tensor, Ten
     """Solve a batch of layers of equal rank.
 
     Args:
-        q: (L, R, R + E) guides.
-        g: (L, R + E, R + E) correlation matrices, symmetric.
-        anchor: (L, R, R + E) anchor routers.
+        q: (L, R, R) guides.
+        g: (L, R, R) correlation matrices, symmetric.
+        anchor: (L, R, R) anchor routers.
         mu: (L,) absolute ridges.
 
     Returns:
-        Routers (L, R, R + E); a lower bound of each condition number (L,), from the diagonal of the
+        Routers (L, R, R); a lower bound of each condition number (L,), from the diagonal of the
         Cholesky factor, which costs nothing; and (L,) bool, True where the factorisation succeeded
         and all is finite. A failed layer's router is not to be used.
     """

@@ -21,30 +21,23 @@ _BITS = 23
 
 
 @dataclass(frozen=True)
-class ScoutOptions:
-    """How readers are found.
+class SampleOptions:
+    """How many whole inputs are kept.
 
     Attributes:
-        tokens: Tokens n that are kept of each layer and task.
-        ridge: Of the regression, as a fraction of the mean squared norm of its weighted tokens.
-        limit: Most readers of a stack; None allows as many as the stack has coordinates.
+        tokens: Tokens n that are kept of each layer and task, in the dtype of the activations.
         seed: Of the sampling.
 
     Raises:
-        CalibrationError: A value that leaves nothing to solve.
+        CalibrationError: No token to keep.
     """
 
-    tokens: int = 256
-    ridge: float = 0.1
-    limit: int | None = None
+    tokens: int = 128
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.tokens < 1 or not self.ridge > 0 or (self.limit is not None and self.limit < 0):
-            raise CalibrationError(
-                f"no readers can be found with {self}.",
-                remedy="use at least one token, a ridge above 0 and a limit of 0 or more.",
-            )
+        if self.tokens < 1:
+            raise CalibrationError(f"a sample of {self.tokens} tokens.", remedy="keep at least one token.")
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,7 @@ class TokenSampler:
     is: where the calls are alike, all tasks are seen at the same places.
     """
 
-    def __init__(self, options: ScoutOptions) -> None:
+    def __init__(self, options: SampleOptions) -> None:
         self._options = options
         self._seen = 0
         # one more than is kept: the last one's priority is tau

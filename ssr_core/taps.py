@@ -2,14 +2,14 @@
 
 One pre-hook computes `z = basis x`; the statistics need it, and `up_k z_k` is exactly what LoRA k
 adds to the layer's output. So no weight is patched and nothing is copied: the base model runs as it
-is, quantised or offloaded, and every LoRA takes its turn in the hooks. A tap that scouts samples the
-inputs themselves instead, for `readers` to be found in them.
+is, quantised or offloaded, and every LoRA takes its turn in the hooks. Where the caller wants them, a
+few whole inputs of each routed layer are kept as well, for `refinement`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from .errors import CalibrationError
 from .gram import GramAccumulator
 from .padding import PaddingMode, RowWeights, TextRows
 from .projection import add, columns, compute_dtype, patches, project
-from .sampling import InputSample, ScoutOptions, TokenSampler
+from .sampling import InputSample, SampleOptions, TokenSampler
 from .stacks import LayerStack
 from .targets import Target
 
@@ -34,7 +34,6 @@ class _Slot:
     position: int
     columns: slice
     active: slice
-    readers: Tensor | None = None
     accumulator: GramAccumulator | None = None
     up: Tensor | None = None
 
@@ -88,8 +87,7 @@ class _ModuleTap:
         path: str,
         stacks: Sequence[LayerStack],
         task: int,
-        readers: Mapping[Target, Tensor],
-        scout: ScoutOptions | None,
+        sample: SampleOptions | None,
     ) -> None:
         self.shared, self.path, self.kernel = shared, path, stacks[0].kernel
         self.slots: list[_Slot] = []
@@ -103,28 +101,24 @@ class _ModuleTap:
             if size == 0:  # every down here is zero: nothing to see, nothing to add
                 continue
             active = slice(at + before, at + before + ranks[position])
-            read = readers.get(stack.target)
-            size += 0 if read is None else len(read)
-            self.slots.append(_Slot(stack, position, slice(at, at + size), active, read))
+            self.slots.append(_Slot(stack, position, slice(at, at + size), active))
             at += size
-        self._scouting = scout is not None
-        wanted = scout is not None and any(slot.recorded for slot in self.slots)
-        self.sampler = TokenSampler(scout) if wanted and scout is not None else None
+        wanted = any(slot.recorded for slot in self.slots)
+        self.sampler = TokenSampler(sample) if wanted and sample is not None else None
         self._basis: Tensor | None = None
         self._pending: list[Tensor] = []
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Put the factors where the layer computes; done once, before the pass where possible."""
         compute = compute_dtype(dtype)
-        rows = (part for slot in self.slots for part in (slot.stack.basis, slot.readers) if part is not None)
-        bases = [part.to(device, compute) for part in rows]
+        bases = [slot.stack.basis.to(device, compute) for slot in self.slots]
         self._basis = bases[0] if len(bases) == 1 else torch.cat(bases)
         gram_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         for slot in self.slots:
             slot.up = slot.stack.canonical_up(slot.position).to(device, compute)
             if slot.accumulator is not None and slot.accumulator.gram.device != device:
                 raise CalibrationError("the layer moved to another device during its pass.", layer=self.path)
-            if slot.recorded and not self._scouting and slot.accumulator is None:
+            if slot.recorded and slot.accumulator is None:
                 slot.accumulator = GramAccumulator(slot.columns.stop - slot.columns.start, device, gram_dtype)
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -166,8 +160,7 @@ class Tap:
         stacks: All stacks of one part of the model.
         task: The LoRA that is active.
         padding: How padded text tokens count.
-        readers: (E, in) rows that statistics are gathered of beside the stack's own, by stack.
-        scout: Sample whole inputs of the routed layers, and gather no statistics.
+        sample: Keep some whole inputs of the routed layers too.
     """
 
     def __init__(
@@ -175,18 +168,15 @@ class Tap:
         stacks: Sequence[LayerStack],
         task: int,
         padding: PaddingMode,
-        readers: Mapping[Target, Tensor] | None = None,
-        scout: ScoutOptions | None = None,
+        sample: SampleOptions | None = None,
     ) -> None:
-        self._padding, self.scouting = padding, scout is not None
+        self._padding = padding
         self._shared = PassState(Counter(), RowWeights(None, padding))
         by_module: dict[str, list[LayerStack]] = {}
         for stack in stacks:
             if task in stack.tasks:
                 by_module.setdefault(stack.target.module_path, []).append(stack)
-        modules = [
-            _ModuleTap(self._shared, path, group, task, readers or {}, scout) for path, group in by_module.items()
-        ]
+        modules = [_ModuleTap(self._shared, path, group, task, sample) for path, group in by_module.items()]
         self._modules = [module for module in modules if module.slots]
 
     @property
@@ -235,7 +225,7 @@ class Tap:
                     yield slot.stack.target, slot.accumulator
 
     def samples(self) -> Iterator[tuple[str, InputSample]]:
-        """What was scouted, by module; stacks of one module read the same inputs."""
+        """Whole inputs, by module; stacks of one module read the same."""
         for module in self._modules:
             sample = None if module.sampler is None else module.sampler.result()
             if sample is not None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from ssr_core import Calibration, ScoutOptions, Tap, Target, Task, build_stacks, calibrate
+from ssr_core import Calibration, SampleOptions, Tap, Target, Task, build_stacks, calibrate
 from ssr_core.stacks import LayerStack
 
 from .world.captions import encode
@@ -31,7 +31,7 @@ class Sampling:
         images: Pictures with noises of their own.
         prompts: Captions of each task; None is the one that the LoRA was trained with.
         noise: "same" for every task, or "other".
-        scout: How readers are found in a pass before, of two pictures; None for none.
+        sample: How many whole inputs are kept; None for none.
     """
 
     steps: int = 8
@@ -39,7 +39,7 @@ class Sampling:
     images: int = IMAGES
     prompts: tuple[tuple[str, ...], ...] | None = None
     noise: str = "same"
-    scout: ScoutOptions | None = None
+    sample: SampleOptions | None = None
 
 
 @dataclass
@@ -102,14 +102,13 @@ class Case:
     def calibration(self, sampling: Sampling) -> Calibration:
         """The engine's statistics for these LoRAs."""
 
-        def run(index: int, tap: Tap) -> None:
-            images = min(2, sampling.images) if tap.scouting else sampling.images
-            for _ in self.passes(self.base, index, replace(sampling, images=images)):
+        def run(index: int, _: Tap) -> None:
+            for _ in self.passes(self.base, index, sampling):
                 pass
 
         def make() -> Calibration:
             with torch.no_grad():
-                return calibrate(self.base, self.tasks, self.stacks, run, scout=sampling.scout)
+                return calibrate(self.base, self.tasks, self.stacks, run, sample=sampling.sample)
 
         return self.once(sampling, make)  # type: ignore[return-value]
 

@@ -14,7 +14,7 @@ from ssr_core import (
     MergeMethod,
     NPLoRAMerge,
     PaperMerge,
-    ScoutOptions,
+    SampleOptions,
     SSRMerge,
     SumMerge,
     merge,
@@ -69,8 +69,8 @@ def compared(sampling: Sampling) -> dict[str, Method]:
         "dense least squares": layerwise(least_squares, sampling),
         "SSR (paper)": engine(PaperMerge(), replace(sampling, used=1)),
         "SSR (paper's formula, our data)": engine(PaperMerge(), sampling),
-        "SSR (ours)": engine(SSRMerge(), sampling),
-        "SSR (ours, readers)": engine(SSRMerge(), replace(sampling, scout=ScoutOptions())),
+        "SSR (ours, without refinement)": engine(SSRMerge(), sampling),
+        "SSR (ours)": engine(SSRMerge(), replace(sampling, sample=SampleOptions())),
     }
 
 

@@ -15,16 +15,13 @@ from ..finite import all_finite
 from ..gram import GramStats
 from ..stacks import LayerStack
 
-READ = "input directions read beside the LoRAs' own"
-"""What the report calls the number of readers."""
-
 
 @dataclass(frozen=True)
 class RouterView:
     """A router and all that diagnostics need, in one system of coordinates.
 
     Attributes:
-        router: (R, R + E); E is 0 unless the method reads through the statistics' readers.
+        router: (R, R + E); E is 0 unless the method reads more than the LoRAs' own coordinates.
         ups: (rows, R), before the router.
         ranks: Rows of each block in R.
         grams: (K, R + E, R + E) in the same coordinates, not yet scaled; None without statistics.
@@ -34,11 +31,6 @@ class RouterView:
     ups: Tensor
     ranks: tuple[int, ...]
     grams: Tensor | None
-
-    @property
-    def wide(self) -> bool:
-        """Whether it has readers."""
-        return self.router.shape[1] > self.router.shape[0]
 
 
 @dataclass(frozen=True)
@@ -123,15 +115,13 @@ class CanonicalProblem:
         ranks: Rows of each block in R''.
         reduce: (R', R''), float64, block-diagonal: from the stack's orthonormal coordinates to these;
             None if these are the same.
-        grams: (K, R'' + E, R'' + E), float64, or None.
-        readers: (E, in), or None.
+        grams: (K, R'', R''), float64, or None.
     """
 
     ups: Tensor
     ranks: tuple[int, ...]
     reduce: Tensor | None
     grams: Tensor | None
-    readers: Tensor | None = None
 
     def basis(self, stack: LayerStack, dtype: torch.dtype) -> Tensor:
         """(R'', in): the directions of these coordinates, orthonormal within each block."""
@@ -139,20 +129,14 @@ class CanonicalProblem:
         return basis if self.reduce is None else self.reduce.T.to(dtype) @ basis
 
 
-def canonical_problem(
-    stack: LayerStack, stats: GramStats | None, device: torch.device, *, wide: bool = False
-) -> CanonicalProblem:
+def canonical_problem(stack: LayerStack, stats: GramStats | None, device: torch.device) -> CanonicalProblem:
     """Express a stack and its statistics in canonical coordinates.
 
     Args:
         stack: The stack.
         stats: Its statistics.
         device: Where to compute.
-        wide: Whether the method reads through the statistics' readers as well.
     """
-    if stats is not None and not wide:
-        stats = stats.without_readers()
-    readers = None if stats is None or stats.readers is None else stats.readers.to(device)
     ups, reduces = [], []
     for position in range(len(stack.blocks)):
         up = stack.canonical_up(position).to(device)
@@ -169,23 +153,15 @@ def canonical_problem(
     ranks = tuple(directions.shape[1] for directions in reduces)
     grams = None if stats is None else stats.gram.to(device, torch.float64)
     if sum(ranks) == sum(stack.basis_ranks):
-        return CanonicalProblem(torch.cat(ups, dim=1), ranks, None, grams, readers)
+        return CanonicalProblem(torch.cat(ups, dim=1), ranks, None, grams)
     reduce: Tensor = torch.block_diag(*reduces)
     if grams is not None:
-        whole = reduce if readers is None else torch.block_diag(reduce, torch.eye(len(readers)).to(reduce))
-        grams = whole.T @ grams @ whole
-    return CanonicalProblem(torch.cat(ups, dim=1), ranks, reduce, grams, readers)
+        grams = reduce.T @ grams @ reduce
+    return CanonicalProblem(torch.cat(ups, dim=1), ranks, reduce, grams)
 
 
 def absorb(stack: LayerStack, problem: CanonicalProblem, router: Tensor, condition: float) -> MergedFactors:
-    """Absorb a router into the ups: (reduced basis, ups @ router).
-
-    One with readers goes into the downs instead, which keeps the rank: (router @ [basis; readers], ups).
-    """
+    """Absorb a router into the ups: (reduced basis, ups @ router)."""
     dtype = problem.ups.dtype
     view = RouterView(router, problem.ups, problem.ranks, problem.grams)
-    basis = problem.basis(stack, dtype)
-    if problem.readers is None:
-        return MergedFactors(basis, problem.ups @ router.to(dtype), view, condition)
-    down = router.to(dtype) @ torch.cat([basis, problem.readers.to(dtype)])
-    return MergedFactors(down, problem.ups, view, condition, {READ: float(len(problem.readers))})
+    return MergedFactors(problem.basis(stack, dtype), problem.ups @ router.to(dtype), view, condition)

@@ -45,7 +45,7 @@ class PaperMerge:
         if stats is None or not stats.complete:
             return MergedFactors(down, up)
         count = stats.tokens.sum().to(device)
-        grams = mix @ stats.without_readers().gram.to(device, torch.float64) @ mix.T / count
+        grams = mix @ stats.gram.to(device, torch.float64) @ mix.T / count
         g = correlation(grams)
         eye = torch.eye(g.shape[0], dtype=g.dtype, device=device)
         # Q G^-1 by solving with the symmetric G from the other side.

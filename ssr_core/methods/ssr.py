@@ -8,29 +8,30 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 
 from ..errors import SolveError
 from ..gram import GramStats
+from ..refinement import refine
 from ..router import Anchor, anchor_router, correlation, guide, pooled, solve
 from ..stacks import LayerStack
-from .base import CanonicalProblem, MergedFactors, absorb, canonical_problem
+from .base import CanonicalProblem, MergedFactors, RouterView, absorb, canonical_problem
+
+LEFT_OUT = "error on sampled tokens left out of the fit"
+UNCORRECTED = "the same without the correction from sampled tokens"
 
 
 @dataclass(frozen=True)
 class SSRMerge:
     """Least-squares router, ridge relative to the mean signal, pulled toward an anchor.
 
-    Where the statistics have readers P the router reads `[basis; P] x`, and the result is
-    `up M [basis; P]`: M is the row-wise least squares over more inputs, the rank stays R.
-
     Attributes:
-        ridge: Fraction of the mean diagonal of G (of its R coordinates, whatever the readers see) that
-            is added to its diagonal; 0 is plain least squares and needs more independent tokens than
-            rank and readers in every layer.
-        anchor: Router that directions without data keep; it takes nothing from readers.
+        ridge: Fraction of the mean diagonal of G that is added to its diagonal; 0 is plain least squares
+            and needs more independent tokens than rank in every layer.
+        anchor: Router that directions without data keep.
         balance: Weight tasks equally instead of by their number of tokens.
+        refine: Correct the downs by what the sampled inputs show outside of the LoRAs' own coordinates
+            (`refinement`); does nothing where calibration kept no samples.
     """
 
     name: ClassVar[str] = "ssr"
@@ -39,6 +40,7 @@ class SSRMerge:
     ridge: float = 0.01
     anchor: Anchor = "sum"
     balance: bool = True
+    refine: bool = True
 
     def merge(
         self, stacks: Sequence[LayerStack], stats: Sequence[GramStats | None], device: torch.device
@@ -46,8 +48,8 @@ class SSRMerge:
         """Solve all layers, batched over those of equal rank."""
         answers: list[MergedFactors | None] = [None] * len(stacks)
         batches: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for index, (stack, one) in enumerate(zip(stacks, stats, strict=True)):
-            batches[(stack.rank + (0 if one is None else one.reader_rows), len(stack.blocks))].append(index)
+        for index, stack in enumerate(stacks):
+            batches[(stack.rank, len(stack.blocks))].append(index)
         for (size, _), indices in batches.items():
             for at in range(0, len(indices), _batch_size(size)):
                 chunk = indices[at : at + _batch_size(size)]
@@ -60,15 +62,15 @@ class SSRMerge:
     def _solve(
         self, stacks: Sequence[LayerStack], stats: Sequence[GramStats | None], device: torch.device
     ) -> list[MergedFactors]:
-        problems = [canonical_problem(s, one, device, wide=True) for s, one in zip(stacks, stats, strict=True)]
+        problems = [canonical_problem(s, one, device) for s, one in zip(stacks, stats, strict=True)]
         routers: list[tuple[Tensor, float]] = [(torch.zeros(0), 0.0)] * len(stacks)
-        by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
+        by_size: dict[int, list[int]] = defaultdict(list)
         for index, problem in enumerate(problems):
-            by_size[(sum(problem.ranks), _width(problem))].append(index)
-        for (size, width), indices in by_size.items():
+            by_size[sum(problem.ranks)].append(index)
+        for size, indices in by_size.items():
             if size == 0:
                 for i in indices:
-                    routers[i] = (torch.zeros(0, width, dtype=torch.float64, device=device), float("nan"))
+                    routers[i] = (torch.zeros(0, 0, dtype=torch.float64, device=device), float("nan"))
                 continue
             terms = [self._terms(problems[i], stats[i]) for i in indices]
             q, g, anchor, mu = (torch.stack(parts) for parts in zip(*terms, strict=True))
@@ -78,29 +80,44 @@ class SSRMerge:
                     raise _unsolvable(stacks[i], stats[i], self.ridge)
                 routers[i] = (one, number)
         return [
-            absorb(stack, problem, *answer) for stack, problem, answer in zip(stacks, problems, routers, strict=True)
+            self._absorbed(stack, problem, one, *answer)
+            for stack, problem, one, answer in zip(stacks, problems, stats, routers, strict=True)
         ]
+
+    def _absorbed(
+        self, stack: LayerStack, problem: CanonicalProblem, stats: GramStats | None, router: Tensor, condition: float
+    ) -> MergedFactors:
+        """Routed factors; with a correction the router goes into the downs instead of the ups."""
+        plain = absorb(stack, problem, router, condition)
+        if not self.refine or stats is None or stats.samples is None or not len(router):
+            return plain
+        ups = problem.ups.to(torch.float64)
+        basis = problem.basis(stack, torch.float64)
+        found = refine(stats.samples, basis, problem.ranks, router, ups.T @ ups)
+        if found is None:
+            return plain
+        down = (router @ basis + found.down).to(problem.ups.dtype)
+        wide = torch.cat([router, torch.eye(len(router)).to(router)], dim=1)
+        grams = found.grams * stats.tokens.to(found.grams)[:, None, None]
+        measures = {LEFT_OUT: found.left_out, UNCORRECTED: found.uncorrected}
+        return MergedFactors(
+            down, problem.ups, RouterView(wide, problem.ups, problem.ranks, grams), condition, measures
+        )
 
     def _terms(self, problem: CanonicalProblem, stats: GramStats | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Q, G, R0 and mu of one layer; a layer without data is its anchor."""
-        size, width = sum(problem.ranks), _width(problem)
+        size = sum(problem.ranks)
         if problem.grams is None or stats is None or not stats.complete:
-            grams = torch.zeros(len(problem.ranks), width, width, dtype=torch.float64, device=problem.ups.device)
+            grams = torch.zeros(len(problem.ranks), size, size, dtype=torch.float64, device=problem.ups.device)
         else:
             grams = pooled(problem.grams, stats.tokens.to(problem.grams.device), self.balance)
         g = correlation(grams)
         g = (g + g.T) / 2
-        own = g.diagonal()[:size]
+        own = g.diagonal()
         unseen = own.sum() == 0
         mu = torch.where(unseen, torch.ones_like(g[0, 0]), self.ridge * own.mean())
         chosen: Anchor = "sum" if bool(unseen) and self.anchor == "zero" else self.anchor
-        anchor = functional.pad(anchor_router(chosen, grams, problem.ranks), (0, width - size))
-        return guide(grams, problem.ranks), g, anchor, mu
-
-
-def _width(problem: CanonicalProblem) -> int:
-    """R + E."""
-    return sum(problem.ranks) + (0 if problem.readers is None else len(problem.readers))
+        return guide(grams, problem.ranks), g, anchor_router(chosen, grams, problem.ranks), mu
 
 
 def _batch_size(rank: int) -> int:

@@ -10,7 +10,7 @@ from demo.loras import SIGMA, layer_inputs, noise, plant_loras, write_lora
 from demo.model import StubTransformer, key_map
 from ssr_core import (
     AverageMerge,
-    ScoutOptions,
+    SampleOptions,
     SSRMerge,
     SumMerge,
     Task,
@@ -82,7 +82,7 @@ def test_demo_world(tmp_path, seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_readers_help_on_noise_that_neither_scout_nor_calibration_saw(tmp_path, seed):
+def test_sampled_inputs_help_on_noise_that_calibration_did_not_see(tmp_path, seed):
     model, tasks = planted(tmp_path, seed)
 
     def run_pass(index, tap):
@@ -92,8 +92,8 @@ def test_readers_help_on_noise_that_neither_scout_nor_calibration_saw(tmp_path, 
     alone = [dense(model, task.adapter.layers) for task in tasks]
     tokens = [inputs_alone(model, task, seed=99) for task in tasks]
     errors = []
-    for scout in (None, ScoutOptions(tokens=64)):
-        calibration = calibrate(model, tasks, build_stacks(tasks), run_pass, scout=scout)
+    for sample in (None, SampleOptions(tokens=64)):
+        calibration = calibrate(model, tasks, build_stacks(tasks), run_pass, sample=sample)
         merged = dense(model, merge(tasks, SSRMerge(), calibration).layers)
         by_layer = [
             output_error(merged[path], [one[path] for one in alone], [x[path] for x in tokens]) for path in merged

@@ -1,0 +1,110 @@
+"""What a router cannot see in the LoRAs' own coordinates, learnt from a few whole inputs of each task.
+
+A token x of task k should leave the router as `T = [0 .. V_k x .. 0]`; it leaves as `M V x`. The rest,
+`T - M V x`, is a linear function of x and not of `V x` alone: tasks that look alike to the LoRAs may
+differ elsewhere. Kernel ridge regression on the sampled tokens X (N, in) finds it,
+
+    C = E^T (X X^T + mu I)^-1 X,        E (N, R) what the router leaves over,
+
+and the layer becomes `up (M V + C)`: its rank stays R. The ridge is the one with the smallest
+leave-one-out error, which has a closed form (Allen's PRESS); if none beats `C = 0`, that stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .router import block_slices
+from .sampling import InputSample
+
+RIDGES = (1.0, 0.1, 0.01)
+"""mu to choose from, as fractions of the mean squared norm of the weighted tokens."""
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """A correction of one layer's downs.
+
+    Attributes:
+        down: C, (R, in), float64.
+        ridge: The one that was chosen, as a fraction; infinite if `C = 0` was best.
+        left_out: Relative error on sampled tokens that the correction was not fitted on (leave one out).
+        uncorrected: The same without a correction.
+        grams: (K, 2 R, 2 R): mean second moments of the signals `V x` and `C x` on each task's sample.
+    """
+
+    down: Tensor
+    ridge: float
+    left_out: float
+    uncorrected: float
+    grams: Tensor
+
+
+def refine(
+    samples: Sequence[InputSample], basis: Tensor, ranks: Sequence[int], router: Tensor, up_gram: Tensor
+) -> Refinement | None:
+    """Fit the correction of one layer.
+
+    Args:
+        samples: One for each task; every task's weights count 1 in all.
+        basis: V (R, in), float64, on the device to compute on.
+        ranks: Rows of each task's block.
+        router: M (R, R), float64.
+        up_gram: (R, R), `B^T B` of the stacked ups: errors are measured in what the layer puts out.
+
+    Returns:
+        The correction; None if the tokens are all zero or the LoRAs put out nothing.
+    """
+    x, sizes = _weighted(samples, basis)
+    signals = x @ basis.T
+    wanted = torch.zeros_like(signals)
+    for tokens, rows in zip(block_slices(sizes), block_slices(ranks), strict=True):
+        wanted[tokens, rows] = signals[tokens, rows]
+    rest = wanted - signals @ router.T
+    energy = _energy(wanted, up_gram)
+    kernel = x @ x.T
+    mean = kernel.diagonal().mean()
+    if not bool((mean > 0) & (energy > 0)):
+        return None
+    weights, ridge, best = torch.zeros_like(rest), float("inf"), _energy(rest, up_gram)
+    uncorrected = best
+    for share in RIDGES:
+        found = _left_out(kernel, share * mean, rest)
+        if found is None:  # lost in rounding
+            continue
+        loss = _energy(found[1], up_gram)
+        if bool(loss < best):
+            weights, ridge, best = found[0], share, loss
+    down = weights.T @ x
+    both = torch.cat([signals, x @ down.T], dim=1)
+    grams = torch.stack([both[tokens].T @ both[tokens] for tokens in block_slices(sizes)])
+    return Refinement(down, ridge, float((best / energy).sqrt()), float((uncorrected / energy).sqrt()), grams)
+
+
+def _weighted(samples: Sequence[InputSample], basis: Tensor) -> tuple[Tensor, list[int]]:
+    """All tokens (N, in), scaled so that each task's weigh 1 in all; and the number of each task's."""
+    parts = []
+    for sample in samples:
+        scale = (sample.weights / sample.weights.sum()).sqrt().to(basis.device)
+        parts.append(sample.rows.to(basis) * scale[:, None])
+    return torch.cat(parts), [len(part) for part in parts]
+
+
+def _left_out(kernel: Tensor, mu: Tensor, rest: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Weights `(K + mu I)^-1 E`, and the error on each token of the fit to all others (PRESS)."""
+    eye = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
+    factor, info = torch.linalg.cholesky_ex(kernel + mu * eye)
+    if int(info) != 0:
+        return None
+    inverse = torch.cholesky_inverse(factor)
+    weights = inverse @ rest
+    return weights, weights / inverse.diagonal()[:, None]
+
+
+def _energy(signals: Tensor, up_gram: Tensor) -> Tensor:
+    """Squared norm of what signals (N, R) become behind the ups."""
+    return ((signals @ up_gram) * signals).sum()
