@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..ssr_core import ANCHORS, FEATURES, METHODS, Features, MomentOptions, PaddingMode, SSRMerge
+from ..ssr_core import ANCHORS, FEATURES, METHODS, Features, MomentOptions, PaddingMode, SampleOptions, SSRMerge
 from . import host
 from .forward import APPLY
 from .options import DTYPES
@@ -105,6 +105,21 @@ def optional_calibration_inputs() -> list[io.Input]:
             "more. 0: half of what the machine has.",
         ),
     ]
+
+
+def sample_input() -> io.Int.Input:
+    """How many whole inputs calibration keeps; came later, so it stands last in its nodes."""
+    return io.Int.Input(
+        "sampled_tokens",
+        default=SampleOptions().tokens,
+        min=0,
+        max=4096,
+        optional=True,
+        advanced=True,
+        tooltip="Whole layer inputs that calibration keeps of each layer and LoRA, to tell LoRAs apart by more than they "
+        f"read themselves. {SampleOptions().tokens} recommended; more merges better and takes more memory (0.4 GB of "
+        "main memory for each LoRA of Flux at 128). 0: none, as in the paper.",
+    )
 
 
 def solve_inputs() -> list[io.Input]:

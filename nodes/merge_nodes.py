@@ -17,6 +17,7 @@ from .inputs import (
     lora_sockets,
     merge_outputs,
     optional_calibration_inputs,
+    sample_input,
     solve_inputs,
 )
 from .loading import load
@@ -52,6 +53,7 @@ class SSRMergeNode(io.ComfyNode):
             inputs=[
                 *_calibration_sockets(),
                 *solve_inputs(),
+                sample_input(),
             ],
             outputs=[
                 *merge_outputs(),
@@ -87,7 +89,7 @@ class SSRCalibrate(io.ComfyNode):
             description="Runs the calibration passes of SSR Merge once. SSR Solve then merges from them in a second, at "
             "any strength and ridge, with any subset of the LoRAs.",
             search_aliases=[*_ALIASES, "calibration"],
-            inputs=_calibration_sockets(),
+            inputs=[*_calibration_sockets(), sample_input()],
             outputs=[
                 SSR_CALIBRATION.Output(display_name="CALIBRATION", tooltip="For SSR Solve and SSR Save Calibration."),
                 io.String.Output(display_name="report", tooltip="What each pass saw."),

@@ -9,7 +9,16 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from ..ssr_core import METHODS, Anchor, IncompatibleError, MergeMethod, MomentOptions, PaddingMode, SSRMerge
+from ..ssr_core import (
+    METHODS,
+    Anchor,
+    IncompatibleError,
+    MergeMethod,
+    MomentOptions,
+    PaddingMode,
+    SampleOptions,
+    SSRMerge,
+)
 from . import host
 from .forward import Apply
 
@@ -35,6 +44,7 @@ class CalibrationOptions:
     memory_budget_gb: float
     latent: Mapping[str, Any] | None = field(default=None, repr=False)
     sigmas: Tensor | None = field(default=None, repr=False)
+    sample: SampleOptions | None = None
 
     def latent_for(self, model: Any) -> Tensor:
         """The connected LATENT, or an empty one of the chosen size."""
@@ -65,6 +75,7 @@ class CalibrationOptions:
             "padding": self.padding,
             "custom_latent": self.latent is not None,
             "custom_sigmas": self.sigmas is not None,
+            "sampled_tokens": 0 if self.sample is None else self.sample.tokens,
         }
 
 
@@ -96,7 +107,14 @@ def calibration_options(values: Mapping[str, Any]) -> CalibrationOptions:
         memory_budget_gb=values["memory_budget_gb"],
         latent=values.get("latent"),
         sigmas=values.get("sigmas"),
+        sample=_sample_options(values),
     )
+
+
+def _sample_options(values: Mapping[str, Any]) -> SampleOptions | None:
+    """How many whole inputs calibration keeps; nodes and workflows without the input take the default."""
+    tokens = values.get("sampled_tokens", SampleOptions().tokens)
+    return SampleOptions(tokens) if tokens else None
 
 
 def moment_options(values: Mapping[str, Any]) -> MomentOptions:

@@ -40,7 +40,10 @@ def calibrate(
         MemoryBudgetError: The statistics would not fit.
     """
     stacks = build_stacks(loaded.tasks)
-    parts = [Calibrator([s for s in stacks if s.target.part == part], options.padding) for part in ("model", "clip")]
+    parts = [
+        Calibrator([s for s in stacks if s.target.part == part], options.padding, options.sample)
+        for part in ("model", "clip")
+    ]
     settings = options.settings()
     if any(len(stack.blocks) > 1 for stack in stacks):
         _check_budget(stacks, model, options)
@@ -52,7 +55,7 @@ def calibrate(
 
 
 def _check_budget(stacks: Sequence[LayerStack], model: Any, options: CalibrationOptions) -> None:
-    need = memory_need(stacks, host.activation_dtype(model))
+    need = memory_need(stacks, host.activation_dtype(model), options.sample)
     check_memory(need, *host.memory_budgets(model.load_device, options.memory_budget_gb))
 
 

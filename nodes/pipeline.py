@@ -159,6 +159,8 @@ def socket_of(calibration: Calibration, loaded: Loaded | None = None) -> Calibra
     tasks = () if loaded is None else loaded.tasks
     converted = tuple(task.adapter for task in tasks if task.adapter.conversions)
     tensors = [t for stats in calibration.stats.values() for t in (stats.gram, stats.tokens)]
+    rows = {id(one.rows): one.rows for stats in calibration.stats.values() for one in stats.samples or ()}
+    tensors += rows.values()  # once, though the stacks of a module share them
     tensors += [t for adapter in converted for layer in adapter.layers.values() for t in (layer.down, layer.up)]
     return CalibrationSocket(calibration, () if loaded is None else loaded.entries, tuple(tensors), converted)
 

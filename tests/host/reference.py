@@ -28,6 +28,7 @@ def routed(
     ridge: float,
     anchor: str = "sum",
     balance: bool = True,
+    refine: bool = False,
 ) -> Tensor:
     """Merged delta of one layer.
 
@@ -37,6 +38,7 @@ def routed(
         ridge: Relative ridge.
         anchor: "sum", "average" or "zero".
         balance: Tasks count alike, not tokens.
+        refine: Add the regression of what is left over on all inputs.
     """
     bases = [row_space(delta) for delta in deltas]
     basis = torch.cat(bases, dim=1)
@@ -51,7 +53,25 @@ def routed(
     wanted = torch.cat([*(z * (own == k) for k, z in enumerate(signals)), pull * identity])
     router = torch.linalg.lstsq(seen, wanted, driver="gelsd").solution.T
     weights = torch.cat([delta @ b for delta, b in zip(deltas, bases, strict=True)], dim=1)
-    return weights @ router @ basis.T
+    merged = weights @ router @ basis.T
+    return merged + _rest(inputs, deltas, merged) if refine else merged
+
+
+def _rest(inputs: Sequence[Tensor], deltas: Sequence[Tensor], merged: Tensor) -> Tensor:
+    """Ridge regression of what the merged delta lacks on each token, by the d x d covariance.
+
+    Of three ridges and none the one whose fit to all other tokens predicts each token best (by the hat matrix).
+    """
+    x = torch.cat([one / len(one) ** 0.5 for one in inputs])
+    lacks = torch.cat([one @ (delta - merged).T / len(one) ** 0.5 for one, delta in zip(inputs, deltas, strict=True)])
+    mean = float(x.square().sum()) / len(x)
+    found = {float(lacks.square().sum()): torch.zeros_like(merged)}
+    for share in (1.0, 0.1, 0.01):
+        inverse = torch.linalg.inv(x.T @ x + share * mean * torch.eye(x.shape[1], dtype=torch.float64))
+        fit = lacks.T @ x @ inverse
+        leverage = ((x @ inverse) * x).sum(dim=1)
+        found[float(((lacks - x @ fit.T) / (1 - leverage)[:, None]).square().sum())] = fit
+    return found[min(found)]
 
 
 def null_projected(

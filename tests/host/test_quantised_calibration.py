@@ -26,7 +26,7 @@ def calibrate(server, base, case, kind):
     prefix = f"passes_{case}_{kind}"
     model = load_base(graph, family, kind)
     watched = graph.add("RecordPasses", model=model, prefix=prefix)
-    merged = graph.merge(family, tasks, model=watched, ridge=RIDGE)
+    merged = graph.merge(family, tasks, model=watched, ridge=RIDGE, sampled_tokens=0)
     saved = graph.save(merged, prefix)
     dump = graph.dump(merged, prefix, base_only=True)
     result = server.run(graph.prompt).ok()

@@ -44,7 +44,9 @@ def compare(server, base, case, **options):
         record(server, family, task, steps, f"router_{case}_{index}")
     graph = MergeGraph(server)
     model = graph.checkpoint(family)
-    values = {"anchor": "sum"} | options
+    refined = options.pop("refine", False)
+    values = {"anchor": "sum", "sampled_tokens": 4096 if refined else 0} | options
+    options |= {"refine": refined}
     sigmas = graph.first_sigmas(model, steps)
     graph.dump(graph.merge(family, tasks, model=model, sigmas=sigmas, ridge=RIDGE, **values), f"router_{case}")
     server.run(graph.prompt).ok()
@@ -58,6 +60,13 @@ def test_router_equals_the_dense_reference(server, base, case):
     tasks, expected = compare(server, base, case)
     for trivial in (summed(tasks), averaged(tasks)):  # the comparison must be able to fail
         assert sorted(relative_error(delta, trivial[name]) for name, delta in expected.items())[-5] > 0.2
+
+
+@pytest.mark.parametrize("case", ["flux-fused-split", "sdxl-convolutions"])
+def test_refinement_equals_the_dense_regression(server, base, case):
+    _, refined = compare(server, base, case, refine=True)
+    _, plain = compare(server, base, case)
+    assert sorted(relative_error(delta, plain[name]) for name, delta in refined.items())[-5] > 0.05
 
 
 @pytest.mark.parametrize("options", [{"anchor": "average"}, {"anchor": "zero"}, {"balance": False}], ids=str)
