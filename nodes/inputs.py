@@ -117,8 +117,8 @@ def sample_input() -> io.Int.Input:
         optional=True,
         advanced=True,
         tooltip="Whole layer inputs that calibration keeps of each layer and LoRA, to tell LoRAs apart by more than they "
-        f"read themselves. {SampleOptions().tokens} recommended; more merges better and takes more memory (0.4 GB of "
-        "main memory for each LoRA of Flux at 128). 0: none, as in the paper.",
+        f"read themselves. {SampleOptions().tokens} recommended; fewer merge worse and take less memory (about 0.8 GB "
+        "of main memory for each of up to 5 LoRAs of Flux at 256, no more for further ones). 0: none, as in the paper.",
     )
 
 

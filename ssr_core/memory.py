@@ -37,7 +37,8 @@ def memory_need(stacks: Sequence[LayerStack], dtype: torch.dtype, sample: Sample
     """
     itemsize = 4 if dtype == torch.float16 else dtype.itemsize
     device = host = 0
-    samples: dict[str, int] = {}
+    widths: dict[str, int] = {}
+    sharing: dict[str, int] = {}
     sampled: dict[str, set[int]] = {}
     for stack in (stack for stack in stacks if stack.tapped):
         ranks = stack.rank_bounds
@@ -49,10 +50,15 @@ def memory_need(stacks: Sequence[LayerStack], dtype: torch.dtype, sample: Sample
             host += 4 * len(ranks) * rank * rank
         if routed and sample is not None:
             path = stack.target.module_path
-            samples[path] = sample.tokens * stack.in_features * dtype.itemsize
+            widths[path] = stack.in_features * dtype.itemsize
             sampled.setdefault(path, set()).update(stack.tasks)
-    one = sum(size * (sample.tokens + 1) // sample.tokens for size in samples.values()) if sample is not None else 0
-    return MemoryNeed(device + one, host + sum(len(sampled[path]) * size for path, size in samples.items()))
+            sharing[path] = max(sharing.get(path, 0), len(ranks))
+    if sample is not None:
+        for path, width in widths.items():
+            tokens = sample.shared_by(sharing[path]).tokens
+            device += (tokens + 1) * width
+            host += len(sampled[path]) * tokens * width
+    return MemoryNeed(device, host)
 
 
 LAYERS_AT_ONCE = 64

@@ -9,7 +9,7 @@ long as there are no more than n tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,17 +27,23 @@ class SampleOptions:
     Attributes:
         tokens: Tokens n that are kept of each layer and task, in the dtype of the activations.
         seed: Of the sampling.
+        most: Tokens of one layer in all; with many LoRAs each keeps fewer. Refinement solves as many equations.
 
     Raises:
         CalibrationError: No token to keep.
     """
 
-    tokens: int = 128
+    tokens: int = 256
     seed: int = 0
+    most: int = 1280
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise CalibrationError(f"a sample of {self.tokens} tokens.", remedy="keep at least one token.")
+
+    def shared_by(self, tasks: int) -> SampleOptions:
+        """Of a layer that so many LoRAs have."""
+        return replace(self, tokens=max(1, min(self.tokens, self.most // tasks)))
 
 
 @dataclass(frozen=True)

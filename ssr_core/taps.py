@@ -103,8 +103,8 @@ class _ModuleTap:
             active = slice(at + before, at + before + ranks[position])
             self.slots.append(_Slot(stack, position, slice(at, at + size), active))
             at += size
-        wanted = any(slot.recorded for slot in self.slots)
-        self.sampler = TokenSampler(sample) if wanted and sample is not None else None
+        sharing = max((len(slot.stack.blocks) for slot in self.slots if slot.recorded), default=0)
+        self.sampler = TokenSampler(sample.shared_by(sharing)) if sharing and sample is not None else None
         self._basis: Tensor | None = None
         self._pending: list[Tensor] = []
 

@@ -45,7 +45,7 @@ def compare(server, base, case, **options):
     graph = MergeGraph(server)
     model = graph.checkpoint(family)
     refined = options.pop("refine", False)
-    values = {"anchor": "sum", "sampled_tokens": 4096 if refined else 0} | options
+    values = {"anchor": "sum", "sampled_tokens": 640 if refined else 0} | options
     options |= {"refine": refined}
     sigmas = graph.first_sigmas(model, steps)
     graph.dump(graph.merge(family, tasks, model=model, sigmas=sigmas, ridge=RIDGE, **values), f"router_{case}")

@@ -30,7 +30,7 @@ R = K * RANK
 COUNTS = (60, 45, 80)
 TASKS = conflicting_tasks(K, OUT, IN, RANK, seed=3, alpha=3.0)
 TOKENS = [task_tokens(k, count, IN) for k, count in enumerate(COUNTS)]
-ALL = SampleOptions(tokens=1000)
+ALL = SampleOptions(tokens=1000, most=9999)
 
 
 def calibrated(tasks=TASKS, tokens=TOKENS, sample=ALL):

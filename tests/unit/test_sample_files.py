@@ -154,3 +154,19 @@ def test_forecast_of_samples_is_what_is_held():
     need, bare = (memory_need(stacks, torch.bfloat16, one) for one in (options, None))
     assert held == need.host - bare.host == 2 * 50 * (3 * IN + 2 * 30)
     assert need.device - bare.device == 2 * 51 * (IN + 30)
+
+
+def test_many_loras_share_what_a_layer_may_keep():
+    tasks = wide_tasks()  # three LoRAs on the first layer, two on the second
+    options = SampleOptions(tokens=50, most=90)
+    root = nn.ModuleDict({"layer": nn.Linear(IN, OUT), "other": nn.Linear(30, 5)}).requires_grad_(False)
+    calibrator = Calibrator(build_stacks(tasks), sample=options)
+    for index in range(K):
+        with calibrator.task(index) as tap, tap.attached(root):
+            root["layer"](torch.ones(80, IN))
+            root["other"](torch.ones(80, 30))
+    sizes = {key: len(sample.rows) for key, sample in calibrator._samples.items()}
+    assert sizes == {("layer", 0): 30, ("layer", 1): 30, ("layer", 2): 30, ("other", 0): 45, ("other", 1): 45}
+    need, bare = (memory_need(build_stacks(tasks), torch.float32, one) for one in (options, None))
+    assert need.host - bare.host == 4 * (90 * IN + 90 * 30)
+    assert need.device - bare.device == 4 * (31 * IN + 46 * 30)

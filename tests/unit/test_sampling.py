@@ -68,7 +68,7 @@ def test_weighted_sums_over_samples_are_unbiased():
 
 
 def sampled(root, tasks, run_pass, options=None):
-    calibrator = Calibrator(build_stacks(tasks), sample=options or SampleOptions(tokens=10_000))
+    calibrator = Calibrator(build_stacks(tasks), sample=options or SampleOptions(tokens=10_000, most=30_000))
     for index in range(len(tasks)):
         with calibrator.task(index) as tap, tap.attached(root):
             run_pass(index, tap)
