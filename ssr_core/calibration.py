@@ -11,12 +11,14 @@ from torch import Tensor
 
 from .errors import CalibrationError, IncompatibleError
 from .gram import GramAccumulator, GramStats
+from .heldout import HELD_OUT, HeldOut
 from .padding import PaddingMode
 from .records import TaskRecord, records_of
 from .sampling import InputSample, SampleOptions
 from .stacks import LayerStack, Task
 from .taps import Tap
 from .targets import Target
+from .triangles import packed_size
 
 SAME_BASIS = 1e-3
 """Relative difference of signatures up to which two bases count as the same (rounding stays far below)."""
@@ -133,6 +135,7 @@ class Calibrator:
         stacks: The stacks of one part of the model; those that hooks cannot watch are left out.
         padding: How padded text tokens count.
         sample: Keep some whole inputs of the routed layers too, for `refinement`.
+        held_out: One token of so many is held out, to judge by; 0 for none, which takes a third less memory.
     """
 
     def __init__(
@@ -140,17 +143,19 @@ class Calibrator:
         stacks: Sequence[LayerStack],
         padding: PaddingMode = "balance",
         sample: SampleOptions | None = None,
+        held_out: int = HELD_OUT,
     ) -> None:
         self.stacks = [stack for stack in stacks if stack.tapped]
         self.padding: PaddingMode = padding
         self.sample = sample
+        self.held_out = held_out
         self._done: dict[tuple[Target, int], GramAccumulator] = {}
         self._samples: dict[tuple[str, int], InputSample] = {}
 
     @contextmanager
     def task(self, index: int) -> Iterator[Tap]:
         """A tap for one task's passes; its statistics count only if the block succeeds."""
-        tap = Tap(self.stacks, index, self.padding, self.sample)
+        tap = Tap(self.stacks, index, self.padding, self.sample, self.held_out)
         yield tap
         for target, accumulator in tap.accumulators():
             accumulator.to_host()
@@ -169,16 +174,22 @@ class Calibrator:
             if len(stack.blocks) < 2:
                 continue
             ranks, path = stack.basis_ranks, stack.target.module_path
-            empty = torch.zeros(sum(ranks), sum(ranks))
+            size = sum(ranks)
             kept = [self._samples[(path, task)] for task in stack.tasks if (path, task) in self._samples]
             # popped: two copies of all statistics would be alive otherwise
             found = [self._done.pop((stack.target, task), None) for task in stack.tasks]
+            held = None
+            if self.held_out:
+                grams = [None if one is None else one.held_gram for one in found]
+                tokens = [None if one is None else one.held_tokens for one in found]
+                held = HeldOut(_stacked(grams, packed_size(size)), _counts(tokens))
             stats[stack.target] = GramStats(
-                torch.stack([empty if one is None else one.gram.to(_widest(found)) for one in found]),
-                torch.tensor([0.0 if one is None else float(one.tokens) for one in found], dtype=torch.float64),
+                _stacked([None if one is None else one.gram for one in found], size, size),
+                _counts([None if one is None else one.tokens for one in found]),
                 torch.tensor([0 if one is None else int(one.nonfinite) for one in found], dtype=torch.int64),
                 ranks,
                 tuple(kept) if len(kept) == len(stack.tasks) else None,
+                held,
             )
         return stats
 
@@ -197,9 +208,15 @@ def check_ran(tap: Tap, index: int) -> None:
         )
 
 
-def _widest(found: Sequence[GramAccumulator | None]) -> torch.dtype:
-    wide = any(one is not None and one.gram.dtype == torch.float64 for one in found)
-    return torch.float64 if wide else torch.float32
+def _stacked(grams: Sequence[Tensor | None], *shape: int) -> Tensor:
+    """(K, *shape) in the widest of the dtypes; zeros for a task that never ran."""
+    wide = any(gram is not None and gram.dtype == torch.float64 for gram in grams)
+    dtype = torch.float64 if wide else torch.float32
+    return torch.stack([torch.zeros(shape, dtype=dtype) if gram is None else gram.to(dtype) for gram in grams])
+
+
+def _counts(tokens: Sequence[Tensor | None]) -> Tensor:
+    return torch.tensor([0.0 if one is None else float(one) for one in tokens], dtype=torch.float64)
 
 
 def assemble(

@@ -18,13 +18,20 @@ from .errors import CalibrationError, FileError
 from .files import atomic_path, json_text, read_safetensors, write_safetensors
 from .finite import all_finite
 from .gram import GramStats
+from .heldout import HeldOut
 from .records import TaskRecord
 from .sampling import InputSample
 from .targets import Target
+from .triangles import pack, packed_size, unpack
+from .triangles import places as places_of
 
 FORMAT = "ssr_calibration"
 VERSION = 2
-"""Of files with sampled inputs. Those without are written as version 1, which knows none: older releases read them."""
+"""Of files with sampled inputs. Those without are written as version 1, which knows none: older releases read them.
+
+What was held out needs no version: releases that know nothing of it leave it aside, and the Grams and samples beside it
+hold all tokens.
+"""
 
 
 def save_calibration(calibration: Calibration, path: Path, overwrite: bool = False) -> None:
@@ -37,15 +44,18 @@ def save_calibration(calibration: Calibration, path: Path, overwrite: bool = Fal
     stacks: list[dict[str, object]] = []
     modules: dict[tuple[str, str], int] = {}
     for index, (target, stats) in enumerate(calibration.stats.items()):
-        size = stats.gram.shape[1]
-        rows, columns = torch.triu_indices(size, size)
-        tensors[f"{index}.gram"] = stats.gram.flatten(1).index_select(1, rows * size + columns)
+        tensors[f"{index}.gram"] = pack(stats.gram)
         tensors[f"{index}.tokens"] = stats.tokens
+        if stats.held is not None:
+            tensors[f"{index}.held_gram"] = stats.held.packed
+            tensors[f"{index}.held_tokens"] = stats.held.tokens
         tensors[f"{index}.nonfinite"] = stats.nonfinite
         module = modules.setdefault((target.part, target.module_path), index)
         for task, sample in zip(calibration.stack_tasks[target], stats.samples or (), strict=False):
             tensors[f"{module}.sample.{task}.rows"] = sample.rows
             tensors[f"{module}.sample.{task}.weights"] = sample.weights
+            if sample.held is not None:
+                tensors[f"{module}.sample.{task}.held"] = sample.held
         if target in calibration.signatures:
             tensors[f"{index}.signature"] = calibration.signatures[target]
         stacks.append(
@@ -149,22 +159,22 @@ def _stack(
     target = Target(str(stack["module_path"]), None if rows is None else (int(rows[0]), int(rows[1])), part)
     ranks = tuple(int(rank) for rank in stack["ranks"])
     members = tuple(int(task) for task in stack["tasks"])
-    packed = tensors[f"{index}.gram"]
     size = sum(ranks)
     if len(members) != len(ranks) or any(not 0 <= m < tasks for m in members) or not ranks or min(ranks) < 0:
         raise ValueError(f"layer {target}")
-    if packed.shape != (len(ranks), size * (size + 1) // 2) or packed.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"Grams of {target} have the shape {tuple(packed.shape)}")
-    if not all_finite(packed):
-        raise ValueError(f"Grams of {target} are not finite")
+    packed, tokens = _triangles(f"{index}.", tensors, len(ranks), size)
+    held = None
+    if f"{index}.held_gram" in tensors:
+        held = HeldOut(*_triangles(f"{index}.held_", tensors, len(ranks), size))
+        if bool((held.tokens > tokens * (1 + 1e-5)).any()):
+            raise ValueError(f"held-out token counts of {target}")
     if size not in places:  # most layers are of one rank
-        places[size] = _places(size)
-    gram = packed.index_select(1, places[size]).view(len(ranks), size, size)
-    tokens, nonfinite = tensors[f"{index}.tokens"].double(), tensors[f"{index}.nonfinite"].long()
-    if not bool(torch.isfinite(tokens).all()) or bool((tokens < 0).any()) or bool((nonfinite < 0).any()):
+        places[size] = places_of(size)
+    nonfinite = tensors[f"{index}.nonfinite"].long()
+    if bool((nonfinite < 0).any()):
         raise ValueError(f"token counts of {target}")
     samples = None if stack.get("samples") is None else _samples(int(stack["samples"]), members, tensors)
-    return target, members, GramStats(gram, tokens, nonfinite, ranks, samples)
+    return target, members, GramStats(unpack(packed, places[size]), tokens, nonfinite, ranks, samples, held)
 
 
 def _samples(module: int, members: Sequence[int], tensors: dict[str, Tensor]) -> tuple[InputSample, ...]:
@@ -173,15 +183,21 @@ def _samples(module: int, members: Sequence[int], tensors: dict[str, Tensor]) ->
     for task in members:
         rows, weights = (tensors[f"{module}.sample.{task}.{name}"] for name in ("rows", "weights"))
         fits = rows.ndim == 2 and rows.is_floating_point() and weights.shape == rows.shape[:1] and len(rows) > 0
+        held = tensors.get(f"{module}.sample.{task}.held")
+        fits &= held is None or (held.shape == rows.shape[:1] and held.dtype == torch.bool)
         if not fits or not all_finite(rows) or not all_finite(weights) or not bool((weights > 0).all()):
             raise ValueError(f"sampled inputs {module}.{task}")
-        found.append(InputSample(rows, weights.double()))
+        found.append(InputSample(rows, weights.double(), held))
     return tuple(found)
 
 
-def _places(size: int) -> Tensor:
-    """(size * size,): where each entry of a symmetric matrix stands in its packed upper triangle."""
-    rows, columns = torch.triu_indices(size, size)
-    places = torch.empty(size, size, dtype=torch.int64)
-    places[rows, columns] = places[columns, rows] = torch.arange(len(rows))
-    return places.flatten()
+def _triangles(prefix: str, tensors: dict[str, Tensor], count: int, size: int) -> tuple[Tensor, Tensor]:
+    """(K, n (n + 1) / 2) Grams and their (K,) token counts."""
+    packed, tokens = tensors[prefix + "gram"], tensors[prefix + "tokens"].double()
+    if packed.shape != (count, packed_size(size)) or packed.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"Grams {prefix} have the shape {tuple(packed.shape)}")
+    if not all_finite(packed):
+        raise ValueError(f"Grams {prefix} are not finite")
+    if not bool(torch.isfinite(tokens).all()) or bool((tokens < 0).any()):
+        raise ValueError(f"token counts {prefix}")
+    return packed, tokens

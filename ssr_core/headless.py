@@ -8,6 +8,7 @@ from dataclasses import asdict
 from torch import nn
 
 from .calibration import Calibration, Calibrator, assemble
+from .heldout import HELD_OUT
 from .padding import PaddingMode
 from .sampling import SampleOptions
 from .stacks import LayerStack, Task
@@ -22,6 +23,7 @@ def calibrate(
     *,
     padding: PaddingMode = "balance",
     sample: SampleOptions | None = None,
+    held_out: int = HELD_OUT,
 ) -> Calibration:
     """Calibrate a plain PyTorch model (no ComfyUI).
 
@@ -34,6 +36,8 @@ def calibrate(
         padding: How padded text tokens count.
         sample: Keep some whole inputs of every routed layer for `refinement`; None keeps none, and
             routers then see the LoRAs' own coordinates only.
+        held_out: One token of so many is held out, so that the report can judge by tokens that a router
+            was not fitted on; 0 for none, which takes a third less memory.
 
     Returns:
         The calibration.
@@ -41,7 +45,7 @@ def calibrate(
     Raises:
         CalibrationError: A pass reached no layer of its LoRA, or a layer does not fit.
     """
-    calibrator = Calibrator(stacks, padding, sample)
+    calibrator = Calibrator(stacks, padding, sample, held_out)
     for index in range(len(tasks)):
         with calibrator.task(index) as tap, tap.attached(root):
             run_pass(index, tap)

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from .errors import MemoryBudgetError
+from .heldout import HELD_OUT
 from .input_hooks import InputLayer
 from .moments import MomentOptions
 from .sampling import SampleOptions
 from .stacks import LayerStack
+from .triangles import packed_size
 
 
 @dataclass(frozen=True)
@@ -21,19 +23,24 @@ class MemoryNeed:
     Attributes:
         device: On the compute device: stacked downs, one set of Grams, the active ups, one set of samples.
         host: In main memory: one Gram for each LoRA and layer, the orthonormal coordinates, and the samples.
+
+    Where tokens are held out, Grams count twice on the device, one and a half times in main memory.
     """
 
     device: int
     host: int
 
 
-def memory_need(stacks: Sequence[LayerStack], dtype: torch.dtype, sample: SampleOptions | None = None) -> MemoryNeed:
+def memory_need(
+    stacks: Sequence[LayerStack], dtype: torch.dtype, sample: SampleOptions | None = None, held_out: int = HELD_OUT
+) -> MemoryNeed:
     """Predict calibration's memory from shapes alone.
 
     Args:
         stacks: All stacks of one part.
         dtype: Of the activations; float16 ones are projected in float32.
         sample: Which whole inputs are kept, if any.
+        held_out: One token of so many is held out; 0 for none.
     """
     itemsize = 4 if dtype == torch.float16 else dtype.itemsize
     device = host = 0
@@ -46,8 +53,8 @@ def memory_need(stacks: Sequence[LayerStack], dtype: torch.dtype, sample: Sample
         device += itemsize * (rank * stack.in_features + max(ranks) * stack.out_features)
         host += 4 * rank * stack.in_features
         if routed:
-            device += 4 * rank * rank
-            host += 4 * len(ranks) * rank * rank
+            device += 4 * rank * rank * (2 if held_out else 1)
+            host += 4 * len(ranks) * (rank * rank + (packed_size(rank) if held_out else 0))
         if routed and sample is not None:
             path = stack.target.module_path
             widths[path] = stack.in_features * dtype.itemsize

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import CalibrationError
+from .heldout import HELD_OUT, first_held
 
 _BITS = 23
 """Of a drawn number: with half a step added it is exact in float32, and neither 0 nor 1."""
@@ -53,10 +54,18 @@ class InputSample:
     Attributes:
         rows: (m, d), at most n tokens in the dtype of the activations.
         weights: (m,) float64, positive: how many tokens each one stands for.
+        held: (m,) bool, True for the held-out tokens among them; None where none were held out.
     """
 
     rows: Tensor
     weights: Tensor
+    held: Tensor | None = None
+
+    def part(self, held: bool) -> InputSample | None:
+        """The held-out tokens, or the others; None if there are none, or if which is which is not known."""
+        if self.held is None or not bool((self.held == held).any()):
+            return None
+        return InputSample(self.rows[self.held == held], self.weights[self.held == held])
 
 
 class TokenSampler:
@@ -64,15 +73,19 @@ class TokenSampler:
 
     The same token of the same calls draws the same number whatever the device, the layer or the task
     is: where the calls are alike, all tasks are seen at the same places.
+
+    Args:
+        options: How many are kept.
+        held_out: One token of so many counts as held out, the same as in the Grams; 0 for none.
     """
 
-    def __init__(self, options: SampleOptions) -> None:
-        self._options = options
+    def __init__(self, options: SampleOptions, held_out: int = HELD_OUT) -> None:
+        self._options, self._every = options, held_out
         self._seen = 0
         # one more than is kept: the last one's priority is tau
         self._rows: Tensor | None = None
         self._priorities = torch.zeros(0)
-        self._weights = torch.zeros(0)
+        self._marks = torch.zeros(0, 2)  # weight; 1 if held out
 
     def add(self, chunks: Iterable[Tensor], usable: Tensor, weight: Tensor | None = None) -> None:
         """Offer the tokens of one call.
@@ -84,34 +97,38 @@ class TokenSampler:
         """
         weights = usable.to(torch.float32) if weight is None else torch.where(usable, weight.to(torch.float32), 0.0)
         priorities = weights / _uniform(self._seen, len(usable), self._options.seed, usable.device)
+        held = torch.zeros_like(weights)
+        if self._every:
+            held[first_held(self._seen, self._every) :: self._every] = 1
         self._seen += len(usable)
         at = 0
         for chunk in chunks:
             samples, count = chunk.shape[:2]
-            mine = [part.view(samples, -1)[:, at : at + count].flatten() for part in (priorities, weights)]
-            self._offer(chunk.flatten(0, 1), *mine)
+            mine = [part.view(samples, -1)[:, at : at + count].flatten() for part in (priorities, weights, held)]
+            self._offer(chunk.flatten(0, 1), mine[0], torch.stack(mine[1:], dim=1))
             at += count
 
-    def _offer(self, rows: Tensor, priorities: Tensor, weights: Tensor) -> None:
+    def _offer(self, rows: Tensor, priorities: Tensor, marks: Tensor) -> None:
         room = self._options.tokens + 1
         best, order = priorities.topk(min(room, len(priorities)))
-        rows, weights = rows[order], weights[order]
+        rows, marks = rows[order], marks[order]
         if self._rows is not None:
-            rows, weights = torch.cat([self._rows, rows]), torch.cat([self._weights, weights])
+            rows, marks = torch.cat([self._rows, rows]), torch.cat([self._marks, marks])
             best, order = torch.cat([self._priorities, best]).topk(min(room, len(rows)))
-            rows, weights = rows[order], weights[order]
-        self._rows, self._priorities, self._weights = rows, best, weights
+            rows, marks = rows[order], marks[order]
+        self._rows, self._priorities, self._marks = rows, best, marks
 
     def result(self) -> InputSample | None:
         """What was drawn, in main memory; None if there was no token to draw."""
         keep = self._options.tokens
-        weights, priorities = self._weights.cpu().double(), self._priorities.cpu().double()
+        marks, priorities = self._marks.cpu().double(), self._priorities.cpu().double()
         threshold = priorities[keep] if len(priorities) > keep else priorities.new_zeros(())
         drawn = (priorities > 0)[:keep]
         if self._rows is None or not bool(drawn.any()):
             return None
-        estimated = torch.maximum(weights[:keep][drawn], threshold)
-        return InputSample(self._rows[:keep].cpu()[drawn].clone(), estimated)
+        weights, held = marks[:keep][drawn].unbind(dim=1)
+        estimated = torch.maximum(weights, threshold)
+        return InputSample(self._rows[:keep].cpu()[drawn].clone(), estimated, held > 0 if self._every else None)
 
 
 def _uniform(start: int, count: int, seed: int, device: torch.device) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .errors import CalibrationError
 from .gram import GramAccumulator
+from .heldout import HELD_OUT
 from .padding import PaddingMode, RowWeights, TextRows
 from .projection import add, columns, compute_dtype, patches, project
 from .sampling import InputSample, SampleOptions, TokenSampler
@@ -88,8 +89,9 @@ class _ModuleTap:
         stacks: Sequence[LayerStack],
         task: int,
         sample: SampleOptions | None,
+        held_out: int,
     ) -> None:
-        self.shared, self.path, self.kernel = shared, path, stacks[0].kernel
+        self.shared, self.path, self.kernel, self.held_out = shared, path, stacks[0].kernel, held_out
         self.slots: list[_Slot] = []
         at = 0
         for stack in stacks:
@@ -104,7 +106,7 @@ class _ModuleTap:
             self.slots.append(_Slot(stack, position, slice(at, at + size), active))
             at += size
         sharing = max((len(slot.stack.blocks) for slot in self.slots if slot.recorded), default=0)
-        self.sampler = TokenSampler(sample.shared_by(sharing)) if sharing and sample is not None else None
+        self.sampler = TokenSampler(sample.shared_by(sharing), held_out) if sharing and sample is not None else None
         self._basis: Tensor | None = None
         self._pending: list[Tensor] = []
 
@@ -119,7 +121,8 @@ class _ModuleTap:
             if slot.accumulator is not None and slot.accumulator.gram.device != device:
                 raise CalibrationError("the layer moved to another device during its pass.", layer=self.path)
             if slot.recorded and slot.accumulator is None:
-                slot.accumulator = GramAccumulator(slot.columns.stop - slot.columns.start, device, gram_dtype)
+                rows = slot.columns.stop - slot.columns.start
+                slot.accumulator = GramAccumulator(rows, device, gram_dtype, self.held_out)
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Pre-hook: project, accumulate, keep z for `after`."""
@@ -161,6 +164,7 @@ class Tap:
         task: The LoRA that is active.
         padding: How padded text tokens count.
         sample: Keep some whole inputs of the routed layers too.
+        held_out: One token of so many is held out; 0 for none.
     """
 
     def __init__(
@@ -169,6 +173,7 @@ class Tap:
         task: int,
         padding: PaddingMode,
         sample: SampleOptions | None = None,
+        held_out: int = HELD_OUT,
     ) -> None:
         self._padding = padding
         self._shared = PassState(Counter(), RowWeights(None, padding))
@@ -176,7 +181,7 @@ class Tap:
         for stack in stacks:
             if task in stack.tasks:
                 by_module.setdefault(stack.target.module_path, []).append(stack)
-        modules = [_ModuleTap(self._shared, path, group, task, sample) for path, group in by_module.items()]
+        modules = [_ModuleTap(self._shared, path, group, task, sample, held_out) for path, group in by_module.items()]
         self._modules = [module for module in modules if module.slots]
 
     @property

@@ -61,7 +61,10 @@ def forward_operations(shape: Shape) -> int:
 def added_operations(cell: Cell) -> int:
     """Of one calibration pass, beyond a bare one."""
     r, total = cell.rank, cell.rank * cell.count
-    return sum(2 * n * (i * total + total**2 + r * o) + 4 * i * r**2 + 2 * o * r**2 for i, o, n in layers(cell.shape))
+    held = total**2 // 8  # one token in eight is counted in a second Gram
+    return sum(
+        2 * n * (i * total + total**2 + held + r * o) + 4 * i * r**2 + 2 * o * r**2 for i, o, n in layers(cell.shape)
+    )
 
 
 def predicted_ratio(cell: Cell) -> float:
@@ -70,9 +73,14 @@ def predicted_ratio(cell: Cell) -> float:
 
 
 def gram_bytes(cell: Cell, on_cpu: bool) -> int:
-    """The sum of R^2 terms, float32: K Grams a layer in main memory, one a layer on a GPU."""
+    """The sum of R^2 terms, float32: K Grams a layer in main memory, one a layer on a GPU.
+
+    Those of the held-out tokens come on top: as a triangle in main memory, whole on a GPU.
+    """
+    total = cell.rank * cell.count
+    held = total * (total + 1) // 2 if on_cpu else total**2
     kept = cell.count if on_cpu else 1
-    return sum(4 * kept * (cell.rank * cell.count) ** 2 for _ in layers(cell.shape))
+    return sum(4 * kept * (total**2 + held) for _ in layers(cell.shape))
 
 
 def factor_bytes(cell: Cell, itemsize: int, on_cpu: bool) -> int:

@@ -77,9 +77,10 @@ def test_forecast_for_main_memory_is_one_gram_a_task_and_layer():
         with calibrator.task(k) as tap, tap.attached(root), torch.no_grad():
             for module in root.values():
                 module(torch.ones(2, 16))
-    held = sum(stats.gram.nbytes for stats in calibrator.result().values())
+    held = sum(stats.gram.nbytes + stats.held.packed.nbytes for stats in calibrator.result().values())
     coordinates = 4 * sum(sum(stack.rank_bounds) * stack.in_features for stack in stacks)
-    assert held == 4 * (3 * 24**2 + 2 * 9**2)
+    # one token in eight is held out, as a triangle
+    assert held == 4 * (3 * (24**2 + 24 * 25 // 2) + 2 * (9**2 + 9 * 10 // 2))
     assert memory_need(stacks, torch.float32).host == held + coordinates
 
 
@@ -87,7 +88,8 @@ def test_forecast_by_hand():
     stacks = build_stacks(tasks_of())
     # alone: 4 x 16 down, 9 x 4 up; layer: 24 x 16, 9 x 16; slice: 9 x 16, 4 x 7; Grams in float32
     factors = (4 * 16 + 9 * 4) + (24 * 16 + 9 * 16) + (9 * 16 + 4 * 7)
-    assert memory_need(stacks, torch.bfloat16).device == 2 * factors + 4 * (24**2 + 9**2)
+    assert memory_need(stacks, torch.bfloat16).device == 2 * factors + 2 * 4 * (24**2 + 9**2)
+    assert memory_need(stacks, torch.bfloat16, held_out=0).device == 2 * factors + 4 * (24**2 + 9**2)
 
 
 def test_a_budget_that_suffices_passes_in_silence():

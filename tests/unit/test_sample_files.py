@@ -89,7 +89,7 @@ def test_only_files_with_samples_need_a_new_release(tmp_path):
         assert any(key.endswith("rows") for key in load_file(tmp_path / "c")) == (version == "2")
 
 
-ROWS, WEIGHTS = "0.sample.0.rows", "0.sample.0.weights"
+ROWS, WEIGHTS, MARKS = "0.sample.0.rows", "0.sample.0.weights", "0.sample.0.held"
 DAMAGE = {
     "lost": lambda t: t.pop(ROWS),
     "one less": lambda t: t.update({ROWS: t[ROWS][:-1].contiguous()}),
@@ -98,6 +98,8 @@ DAMAGE = {
     "nan": lambda t: t[ROWS].__setitem__((0, 0), math.nan),
     "integers": lambda t: t.update({ROWS: t[ROWS].long()}),
     "no weight": lambda t: t[WEIGHTS].__setitem__(0, 0.0),
+    "other marks": lambda t: t.update({MARKS: t[MARKS][:-1].contiguous()}),
+    "marks that are numbers": lambda t: t.update({MARKS: t[MARKS].double()}),
     "endless weight": lambda t: t[WEIGHTS].__setitem__(0, math.inf),
 }
 
