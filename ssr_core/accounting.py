@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from .diagnostics import crosstalk, routed_signals, routing_error
+from .diagnostics import RoutingError, crosstalk, routing_error
 from .gram import GramStats
-from .methods import MergedFactors, MergeMethod, routes
+from .methods import MergedFactors, MergeMethod, RouterView, routes
+from .overlap import subspace_overlap
 from .report import FileAccount, KeyFate, LayerReport, LayerStatus, count_fates
 from .router import Anchor, anchor_router, pooled
 from .stacks import LayerStack, Task
@@ -20,45 +22,95 @@ DIAGONAL: tuple[Anchor, ...] = ("sum", "average", "gains")
 
 
 def layer_report(
-    stack: LayerStack, factors: MergedFactors, stats: GramStats | None, method: MergeMethod
+    stack: LayerStack,
+    factors: MergedFactors,
+    stats: GramStats | None,
+    method: MergeMethod,
+    judged: MergedFactors | None = None,
 ) -> LayerReport:
-    """What one stack's answer does, measured on the calibration tokens."""
+    """What one stack's answer does, measured on the calibration tokens and on those that were held out.
+
+    Args:
+        stack: The stack.
+        factors: The method's answer, from all tokens.
+        stats: The stack's statistics.
+        method: The method.
+        judged: Its answer from the tokens that were not held out (`factors` itself where the method uses
+            none); None where nothing was held out.
+    """
     seen = stats is not None and (stats.complete or not sum(stats.ranks))  # nothing to see where all downs are zero
     status: LayerStatus = "routed" if routes(method) else "merged"
     if method.needs_calibration and not seen:
         status = "anchored"
-    view, measures = factors.view, factors.measures
-    if stats is None:
-        return LayerReport(stack.target, status, stack.tasks, stack.rank, measures=measures)
-    tokens, nonfinite = tuple(stats.tokens.tolist()), int(stats.nonfinite.sum())
-    if not seen or view is None or view.grams is None or view.ups.shape[1] == 0:
-        return LayerReport(stack.target, status, stack.tasks, stack.rank, tokens, nonfinite, measures=measures)
-    grams = pooled(view.grams, stats.tokens.to(view.grams.device), balanced=True)
-    ups = view.ups.to(torch.float64)
-    up_gram = ups.T @ ups
-    routers = {"result": view.router}
-    for anchor in DIAGONAL:
-        routers[anchor] = anchor_router(anchor, grams, view.ranks).diagonal()
-    errors, matrices = {}, {}
-    for name, router in routers.items():
-        signals = routed_signals(router, grams)
-        one = routing_error(router, grams, view.ranks, up_gram, signals)
-        energy = float(one.energy.sum())
-        errors[name] = math.sqrt(float(one.error.sum()) / energy) if energy > 0 else 0.0
-        if name in ("sum", "result"):
-            matrices[name] = crosstalk(router, grams, view.ranks, up_gram, signals).tolist()
-    return LayerReport(
+    overlap = subspace_overlap(stack.basis.to(factors.down.device), stack.basis_ranks)
+    report = LayerReport(
         stack.target,
         status,
         stack.tasks,
         stack.rank,
-        tokens,
-        nonfinite,
-        factors.condition,
-        errors,
-        matrices,
-        measures,
+        measures=factors.measures,
+        overlap=overlap.shared,
+        closest=overlap.closest,
     )
+    if stats is None:
+        return report
+    report = replace(report, tokens=tuple(stats.tokens.tolist()), nonfinite=int(stats.nonfinite.sum()))
+    view = factors.view
+    if not seen or view is None or view.grams is None or view.ups.shape[1] == 0:
+        return report
+    grams = pooled(view.grams, stats.tokens.to(view.grams.device), balanced=True)
+    seen_errors = _errors(view, grams, grams)
+    up_gram = _up_gram(view)
+    identity = anchor_router("sum", grams, view.ranks).diagonal()
+    report = replace(
+        report,
+        condition=factors.condition,
+        errors={name: one.relative() for name, one in seen_errors.items()},
+        task_errors={name: one.by_task() for name, one in seen_errors.items()},
+        crosstalk={
+            "sum": crosstalk(identity, grams, view.ranks, up_gram).tolist(),
+            "result": crosstalk(view.router, grams, view.ranks, up_gram).tolist(),
+        },
+    )
+    fitted, held = stats.fitted(), stats.held_out()
+    if judged is None or judged.view is None or fitted is None or held is None:
+        return report
+    known, unknown = _per_token(judged.view, fitted), _per_token(judged.view, held)
+    # an answer that sampled inputs correct is only judged by another such
+    if known is None or unknown is None or judged.view.router.shape != view.router.shape:
+        return report
+    unseen = _errors(judged.view, unknown, known)
+    return replace(
+        report,
+        held_tokens=tuple(held.tokens.tolist()),
+        held_errors={name: one.relative() for name, one in unseen.items()},
+        held_task_errors={name: one.by_task() for name, one in unseen.items()},
+    )
+
+
+def _per_token(view: RouterView, stats: GramStats) -> Tensor | None:
+    grams = view.express(stats)
+    return None if grams is None else pooled(grams, stats.tokens.to(grams.device), balanced=True)
+
+
+def _up_gram(view: RouterView) -> Tensor:
+    ups = view.ups.to(torch.float64)
+    return ups.T @ ups
+
+
+def _errors(view: RouterView, grams: Tensor, fitted: Tensor) -> dict[str, RoutingError]:
+    """Errors of the method's router and of those that every report compares with.
+
+    Args:
+        view: The method's router.
+        grams: What is judged by, per token.
+        fitted: What the best gains come from.
+    """
+    routers = {"result": view.router}
+    for anchor in DIAGONAL:
+        routers[anchor] = anchor_router(anchor, fitted, view.ranks).diagonal()
+    up_gram = _up_gram(view)
+    return {name: routing_error(router, grams, view.ranks, up_gram) for name, router in routers.items()}
 
 
 def account(index: int, task: Task, reports: Sequence[LayerReport], passed_through: bool) -> FileAccount:

@@ -11,6 +11,7 @@ all of them. A diagonal one reads the R coordinates of the blocks alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,56 +33,54 @@ class RoutingError:
     error: Tensor
     energy: Tensor
 
+    def relative(self) -> float:
+        """Root of the error over the energy, all tasks together; 0 where there is no energy."""
+        energy = float(self.energy.sum())
+        return math.sqrt(float(self.error.sum()) / energy) if energy > 0 else 0.0
 
-def routed_signals(router: Tensor, grams: Tensor) -> Tensor:
-    """M S_k for every task, (K, R, columns of M): the only cubic part of all diagnostics of one router.
-
-    Args:
-        router: (R, R + E), or (R,) for a diagonal router, which costs no matrix product.
-        grams: (K, R + E, R + E).
-    """
-    size = router.shape[0]
-    return router[None, :, None] * grams[:, :size, :size] if router.ndim == 1 else router @ grams
+    def by_task(self) -> list[float]:
+        """The same for each task."""
+        ratios = torch.where(self.energy > 0, self.error / self.energy.clamp_min(1e-300), torch.zeros_like(self.error))
+        values: list[float] = ratios.sqrt().tolist()
+        return values
 
 
-def routing_error(
-    router: Tensor, grams: Tensor, ranks: Sequence[int], up_gram: Tensor, signals: Tensor | None = None
-) -> RoutingError:
-    """Error of any router M on every task.
+def routing_error(router: Tensor, grams: Tensor, ranks: Sequence[int], up_gram: Tensor) -> RoutingError:
+    """Error of any router M on every task: one product of R^3 whatever the number of tasks.
+
+    tr(W (M - E) S (M - E)^T) = <M^T W M, S> - 2 <[W M]_k, [S]_k> + <W_kk, S_kk> with block rows k.
 
     Args:
         router: (R, R + E), or (R,) for a diagonal one.
         grams: (K, R + E, R + E), scaled as the caller wants tasks and tokens weighted.
         ranks: Rows of each block.
         up_gram: (R, R), `B^T B`.
-        signals: `routed_signals(router, grams)` if the caller has it.
     """
-    signals = routed_signals(router, grams) if signals is None else signals
-    weighted = up_gram * router[None, :] if router.ndim == 1 else up_gram @ router
+    if router.ndim == 1:
+        grams = grams[:, : len(router), : len(router)]
+        weighted = up_gram * router[None, :]
+        form = router[:, None] * weighted
+    else:
+        weighted = up_gram @ router
+        form = router.T @ weighted
+    whole = grams.flatten(1) @ form.flatten()
     errors, energies = [], []
     for k, rows in enumerate(block_slices(ranks)):
-        energy = (grams[k][rows, rows] * up_gram[rows, rows]).sum()
-        # tr(W M S M^T) - 2 tr(W M S E^T) + tr(W E S E^T)
-        cross = (signals[k][:, rows] * up_gram[:, rows]).sum()
-        errors.append((signals[k] * weighted).sum() - 2 * cross + energy)
-        energies.append(energy)
+        energies.append((grams[k][rows, rows] * up_gram[rows, rows]).sum())
+        errors.append(whole[k] - 2 * (weighted[rows] * grams[k][rows]).sum() + energies[k])
     return RoutingError(torch.stack(errors).clamp_min(0), torch.stack(energies).clamp_min(0))
 
 
-def crosstalk(
-    router: Tensor, grams: Tensor, ranks: Sequence[int], up_gram: Tensor, signals: Tensor | None = None
-) -> Tensor:
+def crosstalk(router: Tensor, grams: Tensor, ranks: Sequence[int], up_gram: Tensor) -> Tensor:
     """Energy of branch j under task i, (K tasks, K branches); not normalised, so layers add up."""
-    signals = routed_signals(router, grams) if signals is None else signals
     columns = []
     for rows in block_slices(ranks):
         own = up_gram[rows, rows]
         if router.ndim == 1:
-            weighted = torch.zeros_like(up_gram[rows])
-            weighted[:, rows] = own * router[None, rows]
+            form, seen = router[rows, None] * own * router[None, rows], grams[:, rows, rows]
         else:
-            weighted = own @ router[rows]
-        columns.append((signals[:, rows] * weighted).sum(dim=(1, 2)))
+            form, seen = router[rows].T @ (own @ router[rows]), grams
+        columns.append(seen.flatten(1) @ form.flatten())
     return torch.stack(columns, dim=1).clamp_min(0)
 
 

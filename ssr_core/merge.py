@@ -14,17 +14,17 @@ from .adapters import LoRALayer
 from .advice import Separabilities, note_separability, notes_for, warnings_for
 from .calibration import Calibration
 from .canonical import balance
-from .errors import CalibrationError, IncompatibleError, SolveError
+from .errors import IncompatibleError, SolveError
 from .finite import all_finite
-from .gram import GramStats
-from .memory import bytes_to_solve, layers_at_once
+from .judging import judged
+from .lookup import Statistics, Unseen
+from .memory import layers_at_once
 from .methods import MergedFactors, MergeMethod, RoleMethod, routes
 from .report import LayerReport, MergeReport
 from .stacks import LayerStack, Task, build_stacks
 from .targets import Target
 
 Unsupported = Literal["refuse", "pass_through"]
-Unseen = Literal["anchor", "refuse"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ def merge(
     device: torch.device | None = None,
     unsupported: Unsupported = "refuse",
     unseen: Unseen = "anchor",
+    judge: bool = True,
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> MergeResult:
     """Merge LoRAs into one.
@@ -70,6 +71,8 @@ def merge(
         device: Where to solve; None is the CPU.
         unsupported: What to do about keys that are not low-rank: refuse, or leave them to the caller.
         unseen: What to do about a routed layer that never ran in calibration.
+        judge: Solve each layer once more from the tokens that were not held out, so that the report can say
+            how the method does on those that were. The merge itself uses all tokens either way.
         tick: Called with (layers done, layers in all) as the solve goes on; may raise to cancel.
 
     Returns:
@@ -90,7 +93,7 @@ def merge(
     check_unsupported(tasks, unsupported)
     stacks = build_stacks(tasks, like=calibration.stack_tasks if calibration is not None else ())
     shared = [stack for stack in stacks if len(stack.blocks) > 1]
-    lookup = _Statistics(tasks, method, calibration, unseen, bool(shared))
+    lookup = Statistics(tasks, method, calibration, unseen, bool(shared))
     out_dtype = dtype or _input_dtype(tasks)
     layers: dict[Target, LoRALayer] = {}
     reports: list[LayerReport] = []
@@ -102,10 +105,12 @@ def merge(
         tick(at, len(order))
         at += len(chunk)
         stats = [lookup.of(stack) for stack in chunk]
-        answers = method.merge(chunk, stats, device or torch.device("cpu"))
-        for stack, one, factors in zip(chunk, stats, answers, strict=True):
+        where = device or torch.device("cpu")
+        answers = method.merge(chunk, stats, where)
+        seconds = judged(method, chunk, stats, answers, where) if judge else [None] * len(chunk)
+        for stack, one, factors, second in zip(chunk, stats, answers, seconds, strict=True):
             layers[stack.target] = _finish(stack, factors, out_dtype)
-            reports.append(layer_report(stack, factors, one, method))
+            reports.append(layer_report(stack, factors, one, method, second))
             if not isinstance(method, RoleMethod):
                 note_separability(apart, stack, one)
     tick(len(order), len(order))
@@ -166,52 +171,6 @@ def check_unsupported(tasks: Sequence[Task], unsupported: Unsupported) -> None:
                 remedy="remove this LoRA, set convert_rank of its SSR LoRA above 0 where it is 0, or set unsupported "
                 "to pass_through: the MODEL then gets these keys as ordinary patches and the saved file lacks them.",
             )
-
-
-class _Statistics:
-    """Looks a calibration's statistics up for the stacks of a set of tasks."""
-
-    def __init__(
-        self,
-        tasks: Sequence[Task],
-        method: MergeMethod,
-        calibration: Calibration | None,
-        unseen: Unseen,
-        shared: bool,
-    ) -> None:
-        if calibration is None and method.needs_calibration and shared:
-            raise CalibrationError(
-                f"the method {method.name} needs a calibration.", remedy="calibrate, or use the method sum."
-            )
-        self._calibration, self._unseen, self._needed = calibration, unseen, method.needs_calibration
-        self._records = [] if calibration is None else calibration.match_active(tasks)
-
-    def _covers(self, stack: LayerStack) -> bool:
-        """Whether every LoRA of the stack was active on this part of the model during calibration."""
-        assert self._calibration is not None
-        records = [self._calibration.tasks[self._records[task]] for task in stack.tasks]
-        return all(record.strength(stack.target.part) != 0 for record in records)
-
-    def bytes_to_solve(self, stack: LayerStack) -> int:
-        """What solving a stack takes, with the sampled inputs of its statistics."""
-        stats = None if self._calibration is None else self._calibration.stats.get(stack.origin or stack.target)
-        samples = () if stats is None or stats.samples is None else stats.samples
-        return bytes_to_solve(stack, sum(len(sample.rows) for sample in samples))
-
-    def of(self, stack: LayerStack) -> GramStats | None:
-        """Statistics of one stack, None without a calibration."""
-        if self._calibration is None or (not self._needed and not self._covers(stack)):
-            return None
-        stats = self._calibration.stats_for(stack, self._records)
-        missing = stats is None or not stats.complete
-        refused = self._needed and self._unseen == "refuse" and stack.tapped
-        if refused and missing and sum(stack.basis_ranks) > 0:
-            raise CalibrationError(
-                "the layer never ran for one of its LoRAs during calibration.",
-                layer=str(stack.target),
-                remedy="set unseen_layers to anchor, or calibrate with a prompt and size that reach it.",
-            )
-        return stats
 
 
 def _input_dtype(tasks: Sequence[Task]) -> torch.dtype:

@@ -80,9 +80,20 @@ def refine(
         if bool(loss < best):
             weights, ridge, best = found[0], share, loss
     down = weights.T @ x
-    both = torch.cat([signals, x @ down.T], dim=1)
-    grams = torch.stack([both[tokens].T @ both[tokens] for tokens in block_slices(sizes)])
+    grams = sampled_grams(samples, torch.cat([basis, down]))
     return Refinement(down, ridge, float((best / energy).sqrt()), float((uncorrected / energy).sqrt()), grams)
+
+
+def sampled_grams(samples: Sequence[InputSample], rows: Tensor) -> Tensor:
+    """(K, n, n): mean second moments of the signals `rows x` on each task's sample.
+
+    Args:
+        samples: One for each task.
+        rows: (n, in), on the device to compute on.
+    """
+    x, sizes = _weighted(samples, rows)
+    signals = x @ rows.T
+    return torch.stack([signals[tokens].T @ signals[tokens] for tokens in block_slices(sizes)])
 
 
 def _weighted(samples: Sequence[InputSample], basis: Tensor) -> tuple[Tensor, list[int]]:

@@ -56,6 +56,12 @@ class LayerReport:
             "average", "gains"; empty without statistics.
         crosstalk: Two (K, K) matrices, sum and result: mean energy of branch j under task i.
         measures: Numbers of the method's own, by what they are called in the report.
+        task_errors: As `errors`, for each of `tasks`.
+        held_errors: As `errors`, on tokens that the router was not fitted on; empty where none were held out.
+        held_task_errors: As `held_errors`, for each of `tasks`.
+        held_tokens: Weighted tokens that were held out, for each of `tasks`.
+        overlap: (K, K), mean squared cosine of the principal angles between the spaces that the LoRAs read.
+        closest: (K, K), the largest of those cosines.
     """
 
     target: Target
@@ -68,6 +74,12 @@ class LayerReport:
     errors: Mapping[str, float] = field(default_factory=dict)
     crosstalk: Mapping[str, list[list[float]]] = field(default_factory=dict)
     measures: Mapping[str, float] = field(default_factory=dict)
+    task_errors: Mapping[str, list[float]] = field(default_factory=dict)
+    held_errors: Mapping[str, float] = field(default_factory=dict)
+    held_task_errors: Mapping[str, list[float]] = field(default_factory=dict)
+    held_tokens: tuple[float, ...] = ()
+    overlap: list[list[float]] = field(default_factory=list)
+    closest: list[list[float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -61,10 +61,8 @@ def forward_operations(shape: Shape) -> int:
 def added_operations(cell: Cell) -> int:
     """Of one calibration pass, beyond a bare one."""
     r, total = cell.rank, cell.rank * cell.count
-    held = total**2 // 8  # one token in eight is counted in a second Gram
-    return sum(
-        2 * n * (i * total + total**2 + held + r * o) + 4 * i * r**2 + 2 * o * r**2 for i, o, n in layers(cell.shape)
-    )
+    gram = total**2 * 9 // 8  # one token in eight is counted twice
+    return sum(2 * n * (i * total + gram + r * o) + 4 * i * r**2 + 2 * o * r**2 for i, o, n in layers(cell.shape))
 
 
 def predicted_ratio(cell: Cell) -> float:

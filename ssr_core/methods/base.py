@@ -13,6 +13,7 @@ from ..canonical import effective_directions
 from ..errors import SolveError
 from ..finite import all_finite
 from ..gram import GramStats
+from ..refinement import sampled_grams
 from ..stacks import LayerStack
 
 
@@ -25,12 +26,28 @@ class RouterView:
         ups: (rows, R), before the router.
         ranks: Rows of each block in R.
         grams: (K, R + E, R + E) in the same coordinates, not yet scaled; None without statistics.
+        frame: (R, R'), float64: from the coordinates of statistics to these; None if these are the same.
+        rows: (R + E, in), float64: what is read of whole inputs, where E is not 0 and Grams do not hold it.
     """
 
     router: Tensor
     ups: Tensor
     ranks: tuple[int, ...]
     grams: Tensor | None
+    frame: Tensor | None = None
+    rows: Tensor | None = None
+
+    def express(self, stats: GramStats) -> Tensor | None:
+        """Any statistics of the stack in these coordinates: (K, R + E, R + E), float64, not yet scaled.
+
+        None where they lack the sampled inputs that the router was corrected by.
+        """
+        if self.rows is not None:
+            if stats.samples is None:
+                return None
+            return sampled_grams(stats.samples, self.rows) * stats.tokens.to(self.rows)[:, None, None]
+        gram = stats.gram.to(self.router.device, torch.float64)
+        return gram if self.frame is None else self.frame @ gram @ self.frame.T
 
 
 @dataclass(frozen=True)
@@ -123,6 +140,11 @@ class CanonicalProblem:
     reduce: Tensor | None
     grams: Tensor | None
 
+    def view(self, router: Tensor) -> RouterView:
+        """A router in these coordinates."""
+        frame = None if self.reduce is None else self.reduce.T
+        return RouterView(router, self.ups, self.ranks, self.grams, frame)
+
     def basis(self, stack: LayerStack, dtype: torch.dtype) -> Tensor:
         """(R'', in): the directions of these coordinates, orthonormal within each block."""
         basis = stack.basis.to(self.ups.device, dtype)
@@ -163,5 +185,5 @@ def canonical_problem(stack: LayerStack, stats: GramStats | None, device: torch.
 def absorb(stack: LayerStack, problem: CanonicalProblem, router: Tensor, condition: float) -> MergedFactors:
     """Absorb a router into the ups: (reduced basis, ups @ router)."""
     dtype = problem.ups.dtype
-    view = RouterView(router, problem.ups, problem.ranks, problem.grams)
+    view = problem.view(router)
     return MergedFactors(problem.basis(stack, dtype), problem.ups @ router.to(dtype), view, condition)

@@ -17,7 +17,7 @@ from ..errors import IncompatibleError, SolveError
 from ..gram import GramStats
 from ..router import block_slices
 from ..stacks import LayerStack
-from .base import CanonicalProblem, MergedFactors, RouterView, canonical_problem
+from .base import CanonicalProblem, MergedFactors, canonical_problem
 
 Directions = Literal["weights", "activations"]
 DIRECTIONS: tuple[Directions, ...] = ("weights", "activations")
@@ -150,7 +150,7 @@ class NPLoRAMerge:
             router = torch.eye(len(basis), dtype=basis.dtype, device=basis.device)
             for block in others:
                 router[block] -= self.share * (basis[block] @ regions[0].v) @ regions[0].coefficients.T
-            view = RouterView(router, problem.ups, problem.ranks, problem.grams)
+            view = problem.view(router)
         return MergedFactors(downs.to(problem.ups), all_ups.to(problem.ups), view, measures=measures)
 
     def _guard(

@@ -52,5 +52,5 @@ class PaperMerge:
         router, info = torch.linalg.solve_ex(g + self.ridge * eye, guide(grams, ranks).T)
         if int(info) != 0 or not bool(torch.isfinite(router).all()):
             raise SolveError("the published formula has no finite answer.", layer=str(stack.target))
-        view = RouterView(router.T, up, tuple(ranks), grams * count)
+        view = RouterView(router.T, up, tuple(ranks), grams * count, mix)
         return MergedFactors(down, up @ router.T, view)

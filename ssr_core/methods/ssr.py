@@ -100,9 +100,8 @@ class SSRMerge:
         wide = torch.cat([router, torch.eye(len(router)).to(router)], dim=1)
         grams = found.grams * stats.tokens.to(found.grams)[:, None, None]
         measures = {LEFT_OUT: found.left_out, UNCORRECTED: found.uncorrected}
-        return MergedFactors(
-            down, problem.ups, RouterView(wide, problem.ups, problem.ranks, grams), condition, measures
-        )
+        view = RouterView(wide, problem.ups, problem.ranks, grams, rows=torch.cat([basis, found.down]))
+        return MergedFactors(down, problem.ups, view, condition, measures)
 
     def _terms(self, problem: CanonicalProblem, stats: GramStats | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Q, G, R0 and mu of one layer; a layer without data is its anchor."""
