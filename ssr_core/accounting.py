@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from .diagnostics import RoutingError, crosstalk, routing_error
+from .file_account import FileAccount, KeyFate, count_fates
 from .gram import GramStats
+from .layer_report import LayerReport, LayerStatus
 from .methods import MergedFactors, MergeMethod, RouterView, routes
 from .overlap import subspace_overlap
-from .report import FileAccount, KeyFate, LayerReport, LayerStatus, count_fates
 from .router import Anchor, anchor_router, pooled
 from .stacks import LayerStack, Task
 from .targets import Target

@@ -10,7 +10,7 @@ import torch
 from .calibration import Calibration
 from .diagnostics import separability
 from .gram import GramStats
-from .report import LayerReport
+from .layer_report import LayerReport
 from .router import pooled
 from .stacks import LayerStack, Task
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from statistics import median
 from typing import Literal
 
 import torch
@@ -22,6 +23,7 @@ from .memory import layers_at_once
 from .methods import MergedFactors, MergeMethod, RoleMethod, routes
 from .report import LayerReport, MergeReport
 from .stacks import LayerStack, Task, build_stacks
+from .suggestions import suggestions
 from .targets import Target
 
 Unsupported = Literal["refuse", "pass_through"]
@@ -127,7 +129,11 @@ def merge(
         tuple(account(i, task, reports, unsupported == "pass_through") for i, task in enumerate(tasks)),
         tuple(warnings_for(tasks, reports, apart, routes(method))),
         (*roles, *notes_for(tasks, calibration)),
+        strengths=tuple(task.strength_model or task.strength_clip for task in tasks),
+        apart={pair: median(values) for pair, values in apart.items()},
     )
+    settings = {} if calibration is None else calibration.settings
+    report = replace(report, advice=tuple(suggestions(report, settings, routes(method))))
     return MergeResult(*_one_change_each(layers, _sum_vectors(tasks, out_dtype)), report)
 
 

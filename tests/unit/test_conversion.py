@@ -23,7 +23,7 @@ from ssr_core import (
     merge_metadata,
     read_adapter,
 )
-from ssr_core.report import FATE_WORDS
+from ssr_core.file_account import FATE_WORDS
 
 OUT, IN, RANK = 24, 20, 3
 EXACT = ConvertOptions(max_rank=1024, tolerance=1e-12)

@@ -28,7 +28,7 @@ from ssr_core import (
     read_safetensors,
     to_tensors,
 )
-from ssr_core.report import FATE_WORDS
+from ssr_core.file_account import FATE_WORDS
 
 OUT, IN = 12, 8
 CONV = (12, 4, 3, 3)

@@ -17,7 +17,7 @@ from ssr_core import (
     merge,
     read_adapter,
 )
-from ssr_core.report import FATE_WORDS
+from ssr_core.file_account import FATE_WORDS
 
 OUT, IN, RANK = 6, 6, 2
 KEYS = {
