@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint test-host compatibility bench-padding bench-batching bench-conversion bench-quantised bench-speed bench-quality bench-smoke clean help
+.PHONY: demo demo-images test lint test-host compatibility bench-padding bench-batching bench-conversion bench-quantised bench-speed bench-quality bench-smoke clean help
 
 help:
 	@echo "make demo                            merge three small LoRAs, results in demo_output/"
@@ -26,6 +26,11 @@ $(STAMP): requirements-dev.txt
 
 demo: $(STAMP)
 	$(PY) -m demo
+
+# The pictures of the README.
+demo-images: demo
+	cp demo_output/report_light.png docs/images/demo_report.png
+	cp demo_output/compare.png docs/images/demo_compare.png
 
 test: $(STAMP)
 	$(PY) -m pytest tests/unit

@@ -22,6 +22,7 @@ from ssr_core import (
     atomic_path,
     build_stacks,
     calibrate,
+    compare,
     content_hash,
     merge,
     merge_metadata,
@@ -30,15 +31,16 @@ from ssr_core import (
     to_tensors,
     write_safetensors,
 )
+from ssr_core.plots import THEMES, draw_comparison, report_pages, side_by_side
 
 from .loras import SIGMA, layer_inputs, noise, plant_loras, write_lora
 from .model import StubTransformer, key_map
-from .plot import draw_report
 
 PROMPTS = ("a photo of sks dog in the snow", "a portrait of zwx cat made of glass", "qrt teapot on a table")
 DIALECTS = ("kohya", "diffusers", "kohya")
 CALIBRATION_SEED, HELD_OUT_SEEDS = 7, (101, 102, 103)
 OUTPUT = Path("demo_output")
+METHOD_LINES = ("ssr", "ssr ridge=0.1", "paper", "gains", "sum", "average", "np_lora mu=0.5")
 
 
 def read_tasks(model: StubTransformer, folder: Path) -> list[Task]:
@@ -110,11 +112,16 @@ def main() -> None:
     report = {"reconstruction_error": errors, **best.report.to_json()}
     (OUTPUT / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     (OUTPUT / "report.md").write_text(best.report.to_markdown() + _held_out_text(errors), encoding="utf-8")
-    draw_report(best.report, errors, OUTPUT / "report.png")
+    for name, theme in THEMES.items():
+        side_by_side(report_pages(best.report, theme)).save(OUTPUT / f"report_{name}.png", optimize=True)
+    comparison = compare(tasks, METHOD_LINES, calibration)
+    chosen = comparison.best
+    (OUTPUT / "compare.md").write_text(comparison.to_markdown(chosen), encoding="utf-8")
+    draw_comparison(comparison, THEMES["light"], chosen).save(OUTPUT / "compare.png", optimize=True)
 
     print(f"Merged {len(tasks)} LoRAs ({', '.join(DIALECTS)} keys) on a small stub transformer in {seconds:.1f} s.")
     print(_held_out_text(errors).replace("## Held-out noise\n\n", ""))
-    print(f"See {OUTPUT}/report.png, report.md, report.json and merged.safetensors.")
+    print(f"See {OUTPUT}/report_light.png, report.md, report.json, compare.md, compare.png and merged.safetensors.")
 
 
 def _run(model: StubTransformer, prompt: str, seed: int) -> None:

@@ -8,6 +8,7 @@ from .adapters import RESTS, Adapter, Conversion, ConvertOptions, DenseGroup, Ke
 from .advice import prompt_warnings
 from .calibration import Calibration, Calibrator, assemble
 from .calibration_io import load_calibration, save_calibration
+from .compare import Comparison, compare
 from .conversion import Converted, convert, converted_groups
 from .emit import KEY_STYLES, KeyStyle, change_tensors, to_tensors
 from .errors import (
@@ -27,6 +28,7 @@ from .input_taps import InputCollector, InputTap
 from .memory import MOMENTS_REMEDY, MemoryNeed, check_memory, memory_need, moments_need
 from .merge import MergeResult, check_unsupported, describe, merge
 from .metadata import merge_metadata
+from .method_lines import parse_method
 from .methods import (
     DIRECTIONS,
     METHODS,
@@ -62,6 +64,7 @@ __all__ = [
     "Calibration",
     "CalibrationError",
     "Calibrator",
+    "Comparison",
     "Conversion",
     "ConvertOptions",
     "Converted",
@@ -127,6 +130,7 @@ __all__ = [
     "change_tensors",
     "check_memory",
     "check_unsupported",
+    "compare",
     "content_hash",
     "convert",
     "converted_groups",
@@ -140,6 +144,7 @@ __all__ = [
     "moments_need",
     "osrm_init",
     "osrm_refit",
+    "parse_method",
     "prompt_warnings",
     "read_adapter",
     "read_safetensors",
