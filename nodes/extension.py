@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .compare_node import SSRCompare
 from .lora_node import SSRLoRA
 from .merge_nodes import SSRCalibrate, SSRMergeNode, SSRSolve
 from .nplora_node import SSRNPLoRAMerge
 from .osrm_init_node import SSROSRMInit
 from .osrm_refit_node import SSROSRMRefit
+from .report_node import SSRReport
 from .storage_nodes import SSRLoadCalibration, SSRSaveCalibration, SSRSaveLoRA
 
 
@@ -28,4 +30,6 @@ class SSRMergeExtension(ComfyExtension):
             SSRSaveLoRA,
             SSROSRMInit,
             SSROSRMRefit,
+            SSRReport,
+            SSRCompare,
         ]

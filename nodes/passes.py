@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from ..ssr_core import (
+    HELD_OUT,
     Calibration,
     CalibrationError,
     Calibrator,
     LayerStack,
+    MemoryBudgetError,
     TextRows,
     assemble,
     build_stacks,
@@ -40,13 +42,14 @@ def calibrate(
         MemoryBudgetError: The statistics would not fit.
     """
     stacks = build_stacks(loaded.tasks)
+    shared = any(len(stack.blocks) > 1 for stack in stacks)
+    held_out = _held_out_within_budget(stacks, model, options) if shared else HELD_OUT
     parts = [
-        Calibrator([s for s in stacks if s.target.part == part], options.padding, options.sample)
+        Calibrator([s for s in stacks if s.target.part == part], options.padding, options.sample, held_out)
         for part in ("model", "clip")
     ]
-    settings = options.settings()
-    if any(len(stack.blocks) > 1 for stack in stacks):
-        _check_budget(stacks, model, options)
+    settings = {**options.settings(), "held_out": held_out}
+    if shared:
         passes = Passes(loaded, model, clip, options, progress)
         for index in range(len(loaded.tasks)):
             passes.run(index, *parts)
@@ -54,9 +57,15 @@ def calibrate(
     return assemble(loaded.tasks, parts, model=model_identity(model), settings=settings)
 
 
-def _check_budget(stacks: Sequence[LayerStack], model: Any, options: CalibrationOptions) -> None:
-    need = memory_need(stacks, host.activation_dtype(model), options.sample)
-    check_memory(need, *host.memory_budgets(model.load_device, options.memory_budget_gb))
+def _held_out_within_budget(stacks: Sequence[LayerStack], model: Any, options: CalibrationOptions) -> int:
+    """One token of how many is held out: none where that would not fit into memory; the report says so."""
+    dtype, budgets = host.activation_dtype(model), host.memory_budgets(model.load_device, options.memory_budget_gb)
+    try:
+        check_memory(memory_need(stacks, dtype, options.sample), *budgets)
+    except MemoryBudgetError:
+        check_memory(memory_need(stacks, dtype, options.sample, 0), *budgets)
+        return 0
+    return HELD_OUT
 
 
 _Prepared = list[tuple[list[Any], TextRows | None]]

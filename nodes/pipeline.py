@@ -109,6 +109,7 @@ def solve(
     report = replace(
         report, warnings=(*report.warnings, *_rounded_rests(loaded, model)), notes=(*report.notes, *division.notes())
     )
+    result = replace(result, report=report)
     new_model = forward.put_on(patches.apply(model, "model", result, without=division.layers), division)
     new_clip = patches.apply(clip, "clip", result) if clip is not None else None
     extra = {"dtype": options.dtype, "calibrated_on_this_model": same_model}
@@ -148,6 +149,10 @@ def _with_remarks(
     warnings, notes = list(report.warnings), list(report.notes)
     if not same_model:
         warnings.append(OTHER_MODEL)
+    if calibration is not None and calibration.settings.get("held_out") == 0:
+        notes.append(
+            "No tokens were held out, their statistics would not have fitted into memory: the report has no held-out error."
+        )
     weighted = calibration is not None and calibration.settings.get("padding") != "include"
     if isinstance(options.method, PaperMerge) and weighted:
         notes.append("Padded text tokens were weighted; for the published formula calibrate with padding include.")
@@ -161,6 +166,7 @@ def socket_of(calibration: Calibration, loaded: Loaded | None = None) -> Calibra
     tensors = [t for stats in calibration.stats.values() for t in (stats.gram, stats.tokens)]
     rows = {id(one.rows): one.rows for stats in calibration.stats.values() for one in stats.samples or ()}
     tensors += rows.values()  # once, though the stacks of a module share them
+    tensors += [stats.held.packed for stats in calibration.stats.values() if stats.held is not None]
     tensors += [t for adapter in converted for layer in adapter.layers.values() for t in (layer.down, layer.up)]
     return CalibrationSocket(calibration, () if loaded is None else loaded.entries, tuple(tensors), converted)
 

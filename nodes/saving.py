@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ssr_core import FileError, IncompatibleError, KeyStyle, MergeResult, atomic_path, to_tensors, write_safetensors
+from ..ssr_core.files import json_text
 from .patches import reload_patches
 from .pipeline import MergedLoRA, MergeOrigin
 
@@ -17,13 +18,17 @@ TOLERANCE = 2
 """Allowed difference between file and live merge, in roundings of the file's dtype."""
 
 
-def save_lora(lora: Mapping[str, Tensor], path: Path, style: KeyStyle) -> None:
+REPORT_SUFFIX = ".report.json"
+
+
+def save_lora(lora: Mapping[str, Tensor], path: Path, style: KeyStyle, report: bool = False) -> None:
     """Write a LORA_MODEL to a new file.
 
     Args:
         lora: A merge of this pack, or any LORA_MODEL (written as it is, in its own key style).
         path: The file to make.
         style: Key style of a merge.
+        report: Also write the report of a merge beside it, as JSON.
 
     Raises:
         FileError: The file exists, cannot be written, or does not load to what was merged.
@@ -43,6 +48,9 @@ def save_lora(lora: Mapping[str, Tensor], path: Path, style: KeyStyle) -> None:
     with atomic_path(path) as temporary:
         write_safetensors(temporary, tensors, {**origin.metadata, "ssr_merge.key_style": style})
         _verify(temporary, path, origin)
+    if report:
+        with atomic_path(path.with_name(path.stem + REPORT_SUFFIX)) as temporary:
+            temporary.write_text(json_text(origin.result.report.to_json()), encoding="utf-8")
 
 
 def _verify(temporary: Path, path: Path, origin: MergeOrigin) -> None:

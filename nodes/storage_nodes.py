@@ -110,13 +110,22 @@ class SSRSaveLoRA(io.ComfyNode):
                     tooltip="Names inside the file: comfy (diffusion_model.*, loads everywhere in ComfyUI), kohya "
                     "(lora_unet_*), diffusers (transformer.*, where the model family has them).",
                 ),
+                io.Boolean.Input(
+                    "report",
+                    default=True,
+                    optional=True,
+                    tooltip="Also write the merge's report as <name>.report.json beside the file: every number of SSR "
+                    "Report, for every layer. Other LORA_MODELs have none.",
+                ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="Where the file is.")],
         )
 
     @classmethod
-    def execute(cls, lora: Mapping[str, Tensor], filename_prefix: str, key_style: KeyStyle) -> io.NodeOutput:
+    def execute(
+        cls, lora: Mapping[str, Tensor], filename_prefix: str, key_style: KeyStyle, report: bool = True
+    ) -> io.NodeOutput:
         """Write, check, rename."""
         path = paths.output_path(filename_prefix, ".safetensors")
-        saving.save_lora(lora, path, key_style)
+        saving.save_lora(lora, path, key_style, report)
         return io.NodeOutput(str(path), ui=ui.PreviewText(str(path)))

@@ -23,6 +23,7 @@ from .files import atomic_path, content_hash, read_safetensors, tensors_hash, wr
 from .forward import ForwardLoRA
 from .gram import GramStats
 from .headless import calibrate
+from .heldout import HELD_OUT, HeldOut
 from .input_hooks import InputLayer, SharingError, input_layers, whole_module
 from .input_taps import InputCollector, InputTap
 from .memory import MOMENTS_REMEDY, MemoryNeed, check_memory, memory_need, moments_need
@@ -78,6 +79,8 @@ __all__ = [
     "ForwardLoRA",
     "GainsMerge",
     "GramStats",
+    "HELD_OUT",
+    "HeldOut",
     "IncompatibleError",
     "InitResult",
     "InputCollector",

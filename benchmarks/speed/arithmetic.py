@@ -61,8 +61,9 @@ def forward_operations(shape: Shape) -> int:
 def added_operations(cell: Cell) -> int:
     """Of one calibration pass, beyond a bare one."""
     r, total = cell.rank, cell.rank * cell.count
-    gram = total**2 * 9 // 8  # one token in eight is counted twice
-    return sum(2 * n * (i * total + gram + r * o) + 4 * i * r**2 + 2 * o * r**2 for i, o, n in layers(cell.shape))
+    # one token in eight is counted in a second Gram: the fourth of each eight
+    grams = sum(2 * (n + (n + 4) // 8) * total**2 for _, _, n in layers(cell.shape))
+    return grams + sum(2 * n * (i * total + r * o) + 4 * i * r**2 + 2 * o * r**2 for i, o, n in layers(cell.shape))
 
 
 def predicted_ratio(cell: Cell) -> float:
