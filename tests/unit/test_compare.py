@@ -1,0 +1,115 @@
+"""Comparisons have the numbers of each method alone; methods are read from lines as people write them."""
+
+import math
+
+import pytest
+from helpers import LAYER, calibrated, conflicting_tasks, deltas_of, linear64, output_error, task, task_tokens
+
+from ssr_core import (
+    METHODS,
+    AverageMerge,
+    IncompatibleError,
+    NPLoRAMerge,
+    PaperMerge,
+    SSRMerge,
+    SumMerge,
+    compare,
+    merge,
+    parse_method,
+)
+from ssr_core.compare import Comparison, Row
+
+OUT, IN = 7, 10
+TASKS = conflicting_tasks(2, OUT, IN, 3, seed=12)
+TOKENS = [task_tokens(k, 70, IN) for k in range(2)]
+CALIBRATION = calibrated(linear64(IN, OUT), TASKS, [[x] for x in TOKENS])
+
+
+@pytest.mark.parametrize(
+    ("line", "method"),
+    [
+        ("ssr", SSRMerge()),
+        ("SSR ridge=0.5 anchor=gains balance=off", SSRMerge(0.5, "gains", False)),
+        ("ssr balance=Yes", SSRMerge()),
+        ("paper ridge=1e-3", PaperMerge(1e-3)),
+        ("np_lora mu=2 hard=on protected=0,1 count=3", NPLoRAMerge(2.0, True, (0, 1), count=3)),
+        ("np_lora directions=activations", NPLoRAMerge(directions="activations")),
+        ("  average  ", AverageMerge()),
+    ],
+)
+def test_lines(line, method):
+    assert parse_method(line) == method
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("", "no method"),
+        ("ties", "ssr, paper"),
+        ("ssr mu=1", "ridge=0.01"),
+        ("ssr ridge", "'ridge'"),
+        ("ssr ridge=much", "ridge=0.01"),
+        ("ssr balance=2", "balance=True"),
+        ("np_lora protected=x", "protected"),
+        ("np_lora energy=2", "energy"),
+        ("sum ridge=1", "it has none"),
+        ("osrm_refit", "whole inputs"),
+    ],
+)
+def test_lines_that_mean_nothing_say_what_would(line, word):
+    with pytest.raises(IncompatibleError) as caught:
+        parse_method(line)
+    assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_can_be_written_as_a_line(name):
+    assert parse_method(name) == METHODS[name]()
+
+
+def test_rows_are_the_reports_of_the_methods():
+    lines = ["ssr ridge=0.3", "sum", "np_lora mu=1", "osrm"]
+    rows = compare(TASKS, lines, CALIBRATION).rows
+    assert [row.label for row in rows] == lines
+    for row, method in zip(rows, (SSRMerge(0.3), SumMerge(), NPLoRAMerge(1.0)), strict=False):
+        result = merge(TASKS, method, CALIBRATION)
+        delta = result.layers[LAYER].delta()
+        assert row.error == pytest.approx(output_error(delta, deltas_of(TASKS), TOKENS), rel=1e-8)
+        assert row.held_error == result.report.reconstruction_error(held_out=True)
+        assert math.isfinite(row.seconds) and not row.refused
+    assert rows[3].refused and rows[3].score == math.inf
+
+
+def test_what_is_kept_and_what_leaks_against_branches():
+    energies = [[float((x @ d.T).square().sum()) / len(x) for d in deltas_of(TASKS)] for x in TOKENS]
+    own, other = energies[0][0] + energies[1][1], energies[0][1] + energies[1][0]
+    total, half = compare(TASKS, ["sum", "average"], CALIBRATION).rows
+    assert (total.kept, total.leak) == (pytest.approx(1.0), pytest.approx(other / own))
+    assert (half.kept, half.leak) == (pytest.approx(0.25), pytest.approx(other / own / 4))
+
+
+def test_the_best_is_judged_on_held_out_tokens():
+    rows = (Row("a", "a", 0.1, 0.9), Row("b", "b", 0.5, 0.6), Row("c", refused="No."))
+    comparison = Comparison(("x", "y"), rows)
+    assert comparison.best == 1
+    assert Comparison(("x",), (Row("a", "a", 0.3), Row("b", "b", 0.2))).best == 1  # none held out
+    with pytest.raises(IncompatibleError, match="none of the methods"):
+        _ = Comparison(("x",), rows[2:]).best
+    text = comparison.to_markdown(0)
+    assert "set choose to 2" in text.splitlines()[-1] and "- c: not applicable. No." in text
+    assert "no other has a smaller error" in comparison.to_markdown(1)
+
+
+def test_without_statistics_nothing_can_be_told_apart():
+    alone = [TASKS[0], task("other", {}, prompts=("y",))]
+    calibration = calibrated(linear64(IN, OUT), [TASKS[0]], [[TOKENS[0]]])
+    comparison = compare(alone[:1], ["sum", "ssr"], calibration)
+    assert comparison.best == 0 and "without one the methods cannot be told apart" in comparison.to_markdown(0)
+
+
+def test_an_empty_list_is_refused_and_ticks_may_cancel():
+    with pytest.raises(IncompatibleError, match="nothing to compare"):
+        compare(TASKS, [], CALIBRATION)
+    ticks = []
+    compare(TASKS, ["sum", "nonsense", "average"], CALIBRATION, tick=lambda done, total: ticks.append((done, total)))
+    assert ticks == [(0, 3), (1, 3), (2, 3), (3, 3)]

@@ -1,0 +1,152 @@
+"""Each suggestion with a merge in which it appears and one in which it does not."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from helpers import LAYER, calibrated, conflicting_tasks, linear64, task_tokens
+
+from ssr_core import SSRMerge, SumMerge, Target, Task, merge
+from ssr_core.layer_report import LayerReport
+from ssr_core.report import MergeReport
+from ssr_core.suggestions import suggestions
+
+SETTINGS = {"steps": 1, "width": 512, "height": 384}
+
+
+def layer(result=0.3, total=1.0, *, held=0.32, own=(1.0, 1.0), tokens=(400.0, 400.0), condition=10.0, path="b.0.q"):
+    """A layer of two LoRAs; `total` is the error of their sum, whose energy lies evenly on both prompts."""
+    cross = total**2 * sum(own) / 2
+    errors = {"result": result, "sum": total, "average": 0.7, "gains": 0.65}
+    return LayerReport(
+        Target(path),
+        "routed",
+        (0, 1),
+        64,
+        tokens,
+        condition=condition,
+        errors=errors,
+        crosstalk={"sum": [[own[0], cross], [cross, own[1]]]},
+        held_errors={} if held is None else {**errors, "result": held},
+        overlap=[[1.0, 0.2], [0.2, 1.0]],
+        closest=[[1.0, 0.9], [0.9, 1.0]],
+    )
+
+
+def found(*layers, settings=SETTINGS, routed=True, strengths=(1.0, 0.8), apart=0.6):
+    report = MergeReport("m", ("dog", "cat"), layers, (), strengths=strengths, apart={(0, 1): apart})
+    return suggestions(report, settings, routed)
+
+
+def test_a_good_merge_needs_nothing():
+    assert found(layer()) == []
+    tasks = conflicting_tasks(2, 7, 10, 3)
+    calibration = calibrated(linear64(10, 7), tasks, [[task_tokens(k, 80, 10)] for k in range(2)])
+    assert merge(tasks, SSRMerge(), calibration).report.advice == ()
+
+
+@pytest.mark.parametrize(("own", "appears"), [((1.0, 8.0), True), ((8.0, 1.0), True), ((1.0, 3.5), False)])
+def test_a_loud_lora_and_the_strength_that_balances_it(own, appears):
+    sentences = [s for s in found(layer(own=own)) if "carries" in s]
+    assert bool(sentences) == appears
+    if appears and own[1] > 1:
+        # 0.8 / sqrt(8)
+        assert sentences[0].startswith("cat carries 8x the energy of dog: strength 0.28 instead of 0.8 balances it")
+
+
+def test_a_loud_lora_is_named_for_every_method():
+    assert any("carries" in s for s in found(layer(own=(1.0, 9.0)), routed=False))
+
+
+def test_the_strength_of_a_real_merge_is_the_one_that_makes_energies_equal():
+    base = conflicting_tasks(2, 7, 10, 3)
+    tasks = [base[0], Task(base[1].adapter, 6.0, 1.0, base[1].prompts)]
+    x = [task_tokens(k, 80, 10) for k in range(2)]
+    report = merge(tasks, SSRMerge(), calibrated(linear64(10, 7), tasks, [[one] for one in x])).report
+    (sentence,) = [s for s in report.advice if "carries" in s]
+    strength = float(sentence.split("strength ")[1].split(" ")[0])
+    energies = [
+        float((one @ t.adapter.layers[LAYER].delta().T * s).square().sum())
+        for one, t, s in zip(x, tasks, (1.0, strength), strict=True)
+    ]
+    assert energies[0] == pytest.approx(energies[1], rel=0.1)  # two digits are said
+
+
+@pytest.mark.parametrize(("total", "appears"), [(0.1, True), (0.2, False)])
+def test_loras_that_hardly_meet(total, appears):
+    sentences = found(layer(0.05, total, held=0.06))
+    assert any("hardly meet" in s and "Mode sum" in s for s in sentences) == appears
+
+
+@pytest.mark.parametrize(("result", "appears"), [(0.62, True), (0.5, False)])
+def test_routing_that_gains_little_names_the_prompts_that_are_alike(result, appears):
+    report = MergeReport(
+        "m", ("dog", "cat", "hat"), (layer(result),), (), apart={(0, 1): 0.4, (0, 2): 0.02, (1, 2): 0.5}
+    )
+    sentences = [s for s in suggestions(report, SETTINGS, True) if "Routing gains little" in s]
+    assert bool(sentences) == appears
+    if appears:
+        assert "dog and hat look most alike" in sentences[0] and "0.020" in sentences[0]
+
+
+def test_methods_that_do_not_route_are_not_told_about_prompts():
+    assert found(layer(0.66), routed=False) == []
+
+
+@pytest.mark.parametrize(("held", "appears"), [(0.6, True), (0.4, False), (None, False)])
+def test_too_few_tokens_show_as_a_gap(held, appears):
+    sentences = [s for s in found(layer(held=held)) if "held-out" in s]
+    assert bool(sentences) == appears
+    if appears:
+        assert "Set steps to 4, or width and height to 1024 x 768." in sentences[0]
+
+
+def test_one_text_layer_with_a_gap_is_not_typical():
+    assert not found(layer(path="b.0.a"), layer(path="b.0.b"), layer(held=1.4, path="b.0.txt"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "more prompts for each LoRA"),
+        ({**SETTINGS, "custom_latent": True}, "a larger LATENT"),
+        ({**SETTINGS, "steps": 4}, "Set steps to 16"),
+    ],
+)
+def test_how_to_get_more_tokens_depends_on_the_calibration(settings, words):
+    assert any(words in s for s in found(layer(held=0.9), settings=settings))
+
+
+@pytest.mark.parametrize(("tokens", "appears"), [((40.0, 40.0), True), ((80.0, 80.0), False)])
+def test_layers_that_saw_fewer_tokens_than_they_route(tokens, appears):
+    short = [layer(tokens=tokens, path=f"b.{i}.q") for i in range(2)]
+    modulation = layer(tokens=(1.0, 1.0), path="b.0.mod")  # one token a pass is as it should be
+    sentences = [s for s in found(*short, modulation) if "fewer than two tokens" in s]
+    assert bool(sentences) == appears
+    if appears:
+        assert sentences[0].startswith("2 of 2 layers") and "b.0.q (80 for rank 64)" in sentences[0]
+
+
+@pytest.mark.parametrize(("condition", "appears"), [(1e9, True), (1e6, False), (math.nan, False)])
+def test_nearly_singular_layers(condition, appears):
+    assert any("Set ridge to 0.01" in s for s in found(layer(condition=condition))) == appears
+
+
+@pytest.mark.parametrize(("result", "total", "appears"), [(0.64, 1.2, True), (0.4, 1.2, False), (0.64, 0.45, False)])
+def test_much_that_is_lost_names_who_fights_and_where(result, total, appears):
+    sentences = [s for s in found(layer(result, total, held=0.65)) if "Much is lost" in s]
+    assert bool(sentences) == appears
+    if appears:
+        assert "dog and cat fight most, most of all in b.0 q: lower one's strength" in sentences[0]
+
+
+def test_nothing_is_said_without_statistics():
+    assert merge(conflicting_tasks(2, 7, 10, 3), SumMerge()).report.advice == ()
+
+
+def test_what_to_do_next_is_the_end_of_the_report():
+    report = MergeReport("m", ("dog", "cat"), (layer(),), (), strengths=(1.0, 1.0))
+    assert report.to_markdown().endswith("## What to do next\n\n- Nothing: use the merge.\n")
+    told = replace(report, warnings=("Careful.",), advice=("Try that.",), notes=("By the way.",))
+    assert told.to_markdown().endswith("## What to do next\n\n- Careful.\n- Try that.\n")
+    assert told.to_json()["advice"] == ["Try that."]
