@@ -20,7 +20,17 @@ sys.path.append(str(PACK / "tests" / "web"))
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 SIZE = 128
-MADE_HERE = ("SSRMerge", "SSRCalibrate", "SSRSolve", "SSRNPLoRAMerge", "SSRLoRA", "SSROSRMInit", "SSROSRMRefit")
+MADE_HERE = (
+    "SSRMerge",
+    "SSRCalibrate",
+    "SSRSolve",
+    "SSRNPLoRAMerge",
+    "SSRLoRA",
+    "SSROSRMInit",
+    "SSROSRMRefit",
+    "SSRReport",
+    "SSRCompare",
+)
 
 if not Path("/usr/bin/chromium").exists():
     pytest.skip("chromium is not installed: the example workflows were not opened", allow_module_level=True)
@@ -115,6 +125,7 @@ def test_there_are_workflows():
         "subject_and_style",
         "np_lora_subject_and_style",
         "calibrate_once",
+        "compare_methods",
         "save_and_reuse",
         "wan22_two_models",
         "osrm_refit",

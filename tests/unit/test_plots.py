@@ -80,7 +80,7 @@ def test_heatmaps_have_their_values_colours(theme, count):
     assert area(picture, heat(0.0)) == pytest.approx(
         count * (count - 1) * cell, rel=0.35
     )  # after, whose numbers are shorter
-    assert area(picture, heat(1.0)) == pytest.approx(2 * count * cell, rel=0.25)  # both diagonals
+    assert area(picture, heat(1.0)) == pytest.approx(2 * count * cell, rel=0.4)  # both diagonals
     assert cell > 400
 
 

@@ -109,6 +109,34 @@ GRAPHS = {
             "run again: the calibration is not repeated.",
         ),
     ],
+    "compare_methods": [
+        *SDXL,
+        ONE,
+        TWO,
+        ("calibrate", "SSRCalibrate", 440, 0, {"width": 512, "height": 512}, MERGE, None),
+        (
+            "compare",
+            "SSRCompare",
+            440,
+            560,
+            {},
+            {"model": "ckpt.0", "clip": "ckpt.1", "calibration": "calibrate.0"},
+            "All methods; the best one goes on",
+        ),
+        ("table", "PreviewAny", 440, 1010, {}, {"source": "compare.3"}, "Comparison"),
+        ("pictures", "SSRReport", 0, 1060, {}, {"lora": "compare.2"}, "Pictures of the merge in use"),
+        *sampling(
+            "a", "compare.0", "compare.1", "ckpt.2", 0, "a photo of sks dog and zwx cat sitting together on a sofa"
+        ),
+        note(
+            "note",
+            0,
+            -190,
+            "**Compare methods.** One calibration, one line for each method in SSR Compare. Set `choose` to a line's "
+            "number to sample with that merge instead of the best; nothing is calibrated again. SSR Report shows where "
+            "the LoRAs fight.",
+        ),
+    ],
     "save_and_reuse": [
         *SDXL,
         ONE,
