@@ -123,8 +123,8 @@ GRAPHS = {
             {"model": "ckpt.0", "clip": "ckpt.1", "calibration": "calibrate.0"},
             "All methods; the best one goes on",
         ),
-        ("table", "PreviewAny", 440, 1010, {}, {"source": "compare.3"}, "Comparison"),
-        ("pictures", "SSRReport", 0, 1060, {}, {"lora": "compare.2"}, "Pictures of the merge in use"),
+        ("table", "PreviewAny", 900, 700, {}, {"source": "compare.3"}, "Comparison"),
+        ("pictures", "SSRReport", 1340, 420, {}, {"lora": "compare.2"}, "Pictures of the merge in use"),
         *sampling(
             "a", "compare.0", "compare.1", "ckpt.2", 0, "a photo of sks dog and zwx cat sitting together on a sofa"
         ),
