@@ -60,8 +60,9 @@ def layer_report(
     if not seen or view is None or view.grams is None or view.ups.shape[1] == 0:
         return report
     grams = pooled(view.grams, stats.tokens.to(view.grams.device), balanced=True)
-    seen_errors = _errors(view, grams, grams)
-    up_gram = _up_gram(view)
+    ups = view.ups.to(torch.float64)
+    up_gram = ups.T @ ups  # of the stack alone: the judged answer has the same
+    seen_errors = _errors(view, up_gram, grams, grams)
     identity = anchor_router("sum", grams, view.ranks).diagonal()
     report = replace(
         report,
@@ -80,7 +81,7 @@ def layer_report(
     # an answer that sampled inputs correct is only judged by another such
     if known is None or unknown is None or judged.view.router.shape != view.router.shape:
         return report
-    unseen = _errors(judged.view, unknown, known)
+    unseen = _errors(judged.view, up_gram, unknown, known)
     return replace(
         report,
         held_tokens=tuple(held.tokens.tolist()),
@@ -94,23 +95,18 @@ def _per_token(view: RouterView, stats: GramStats) -> Tensor | None:
     return None if grams is None else pooled(grams, stats.tokens.to(grams.device), balanced=True)
 
 
-def _up_gram(view: RouterView) -> Tensor:
-    ups = view.ups.to(torch.float64)
-    return ups.T @ ups
-
-
-def _errors(view: RouterView, grams: Tensor, fitted: Tensor) -> dict[str, RoutingError]:
+def _errors(view: RouterView, up_gram: Tensor, grams: Tensor, fitted: Tensor) -> dict[str, RoutingError]:
     """Errors of the method's router and of those that every report compares with.
 
     Args:
         view: The method's router.
+        up_gram: (R, R), `B^T B` of the stacked ups.
         grams: What is judged by, per token.
         fitted: What the best gains come from.
     """
     routers = {"result": view.router}
     for anchor in DIAGONAL:
         routers[anchor] = anchor_router(anchor, fitted, view.ranks).diagonal()
-    up_gram = _up_gram(view)
     return {name: routing_error(router, grams, view.ranks, up_gram) for name, router in routers.items()}
 
 
