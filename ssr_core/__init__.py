@@ -9,6 +9,7 @@ from .advice import prompt_warnings
 from .calibration import Calibration, Calibrator, assemble
 from .calibration_io import load_calibration, save_calibration
 from .compare import Comparison, compare
+from .combining import combine
 from .conversion import Converted, convert, converted_groups
 from .emit import KEY_STYLES, KeyStyle, change_tensors, to_tensors
 from .errors import (
@@ -52,9 +53,18 @@ from .records import TaskRecord, records_of
 from .report import FileAccount, LayerReport, MergeReport
 from .router import ANCHORS, Anchor
 from .sampling import InputSample, SampleOptions
+from .signals.budget import MB
+from .signals.estimate import SMALL_RECORDS, Share, SmallRecords, from_records
+from .signals.factor import InputFactor
+from .signals.identity import RecordIdentity
+from .signals.library import CleanRule, Listed, RecordLibrary, clean, listing_text
+from .signals.record_io import RecordFile, open_record, save_record
+from .signals.recorder import Recorder, finished, record, unknown_share
+from .signals.sketch import RecordOptions
 from .stacks import LayerStack, Task, build_stacks
 from .taps import Tap
 from .targets import KeyMap, KeyTarget, Part, Target
+from .updates import extend, keep, without
 from .version import VERSION
 
 __all__ = [
@@ -65,6 +75,7 @@ __all__ = [
     "Calibration",
     "CalibrationError",
     "Calibrator",
+    "CleanRule",
     "Comparison",
     "Conversion",
     "ConvertOptions",
@@ -84,6 +95,7 @@ __all__ = [
     "IncompatibleError",
     "InitResult",
     "InputCollector",
+    "InputFactor",
     "InputLayer",
     "InputMoments",
     "InputSample",
@@ -95,7 +107,9 @@ __all__ = [
     "KeyTarget",
     "LayerReport",
     "LayerStack",
+    "Listed",
     "LoRALayer",
+    "MB",
     "METHODS",
     "MOMENTS_REMEDY",
     "MemoryBudgetError",
@@ -103,21 +117,29 @@ __all__ = [
     "MergeMethod",
     "MergeReport",
     "MergeResult",
-    "NPLoRAMerge",
     "MomentOptions",
+    "NPLoRAMerge",
     "PaddingMode",
     "PaperMerge",
     "Part",
     "REFIT_MODES",
     "RESTS",
+    "RecordFile",
+    "RecordIdentity",
+    "RecordLibrary",
+    "RecordOptions",
+    "Recorder",
     "RefitMode",
     "RefitOptions",
     "RefitResult",
     "Rest",
+    "SMALL_RECORDS",
     "SSRMerge",
     "SSRMergeError",
     "SampleOptions",
+    "Share",
     "SharingError",
+    "SmallRecords",
     "SolveError",
     "SumMerge",
     "Tap",
@@ -133,29 +155,41 @@ __all__ = [
     "change_tensors",
     "check_memory",
     "check_unsupported",
+    "clean",
+    "combine",
     "compare",
     "content_hash",
     "convert",
     "converted_groups",
     "describe",
+    "extend",
+    "finished",
+    "from_records",
     "init_markdown",
     "input_layers",
+    "keep",
+    "listing_text",
     "load_calibration",
     "memory_need",
     "merge",
     "merge_metadata",
     "moments_need",
+    "open_record",
     "osrm_init",
     "osrm_refit",
     "parse_method",
     "prompt_warnings",
     "read_adapter",
     "read_safetensors",
+    "record",
     "records_of",
     "refit_markdown",
     "save_calibration",
+    "save_record",
     "tensors_hash",
     "to_tensors",
+    "unknown_share",
     "whole_module",
+    "without",
     "write_safetensors",
 ]

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -52,6 +53,34 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         FileError: The file is missing, a pickle, truncated or otherwise not safetensors.
     """
+    with open_safetensors(path) as file:
+        names = list(file.keys())
+        if len(names) > MAX_TENSORS:
+            raise FileError(f"{len(names)} tensors are more than any LoRA has.", file=path.name)
+        return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """A safetensors file whose tensors are read one by one, and nothing else.
+
+    Yields:
+        safetensors' own handle, with `keys`, `metadata` and `get_tensor`.
+
+    Raises:
+        FileError: As `read_safetensors`, while the block runs too.
+    """
+    _refuse_strangers(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            yield file
+    except (safetensors.SafetensorError, ValueError, OSError) as err:
+        raise FileError(
+            f"not a whole safetensors file ({err}).", file=path.name, remedy="download or export it again."
+        ) from err
+
+
+def _refuse_strangers(path: Path) -> None:
     if not path.is_file():
         raise FileError("the file does not exist.", file=str(path), remedy="choose a file from the list.")
     try:
@@ -67,18 +96,6 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             file=path.name,
             remedy="convert it to safetensors with a tool that you trust.",
         )
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            if len(names) > MAX_TENSORS:
-                raise FileError(f"{len(names)} tensors are more than any LoRA has.", file=path.name)
-            tensors = {name: file.get_tensor(name) for name in names}
-            metadata = dict(file.metadata() or {})
-    except (safetensors.SafetensorError, ValueError, OSError) as err:
-        raise FileError(
-            f"not a whole safetensors file ({err}).", file=path.name, remedy="download or export it again."
-        ) from err
-    return tensors, metadata
 
 
 @contextmanager

@@ -59,8 +59,9 @@ class SketchMatrices:
         self.options = options
         self._ready: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
-    def of(self, width: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-        """Omega for layers of this width; None where the moments are exact."""
+    def of(self, layer: InputLayer, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+        """Omega of a layer, the same for all of its width; None where the moments are exact."""
+        width = layer.in_features
         columns = self.options.columns(width)
         if columns == width:
             return None
@@ -78,6 +79,11 @@ class Family:
     version: int | None = None
     weight: Tensor | None = None
     leader: InputHook | None = None
+
+
+def family_of(layer: InputLayer) -> tuple[str, int]:
+    """Parent module and width: layers that agree in both may turn out to read the very same tensor."""
+    return layer.target.module_path.rpartition(".")[0], layer.in_features
 
 
 def _version(x: Tensor) -> int | None:
@@ -106,7 +112,7 @@ class InputHook:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         with torch.no_grad():
             if self.own is None:
-                omega = self.matrices.of(self.layer.in_features, x.device, dtype)
+                omega = self.matrices.of(self.layer, x.device, dtype)
                 self.own = MomentsAccumulator(self.layer.in_features, self.matrices.options, omega, x.device, dtype)
             if self.own.total.device != x.device:
                 raise CalibrationError("the layer moved to another device during its pass.", layer=self.path)

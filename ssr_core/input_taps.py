@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .errors import CalibrationError
-from .input_hooks import Family, InputHook, InputLayer, SketchMatrices
+from .input_hooks import Family, InputHook, InputLayer, SketchMatrices, family_of
 from .moments import InputMoments, MomentOptions
 from .padding import PaddingMode, RowWeights, TextRows
 from .stacks import Task, build_stacks
@@ -47,8 +47,7 @@ class InputTap:
         for layer in layers:
             family = None
             if share and not layer.kernel:
-                key = (layer.target.module_path.rpartition(".")[0], layer.in_features)
-                family = families.setdefault(key, Family())
+                family = families.setdefault(family_of(layer), Family())
             self._hooks.append(InputHook(self._state, layer, family, matrices))
 
     @property
@@ -65,7 +64,7 @@ class InputTap:
         """Upload all that the hooks need now, so that no forward pass has to wait for a copy."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         for hook in self._hooks:
-            self._matrices.of(hook.layer.in_features, device, wide)
+            self._matrices.of(hook.layer, device, wide)
         if self._adapter is not None:
             self._adapter.prepare(device, dtype)
 
@@ -119,6 +118,7 @@ class InputCollector:
         padding: How padded text tokens count.
         tasks: LoRAs that are active alone while their own passes run; empty for the model as it is.
         share: Whether layers that read the same tensor share their moments.
+        matrices: Sketch matrices of one's own; None for those of `options`.
     """
 
     def __init__(
@@ -128,9 +128,10 @@ class InputCollector:
         padding: PaddingMode = "balance",
         tasks: Sequence[Task] = (),
         share: bool = True,
+        matrices: SketchMatrices | None = None,
     ) -> None:
         self.layers, self.tasks, self.padding, self.share = list(layers), tuple(tasks), padding, share
-        self._matrices = SketchMatrices(options)
+        self._matrices = matrices or SketchMatrices(options)
         self._done: dict[int, dict[Target, InputMoments]] = {}
 
     @contextmanager

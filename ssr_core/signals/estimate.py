@@ -1,0 +1,222 @@
+"""Records of single LoRAs -> the calibration of any set of them, without a forward pass.
+
+While LoRA k's pass ran, nothing but LoRA k decided its inputs X_k. So `S_k = D X_k X_k^T D^T` in the
+stacked coordinates D of any set of LoRAs, cross terms included, is a function of k's record and D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..calibration import Calibration
+from ..errors import CalibrationError, IncompatibleError
+from ..gram import GramStats
+from ..input_hooks import whole_module
+from ..records import records_of
+from ..router import block_slices
+from ..stacks import LayerStack, Task, build_stacks
+from ..targets import Target
+from .factor import InputFactor
+from .identity import shared_pass
+from .record_io import RecordFile
+
+SmallRecords = Literal["accept", "refuse"]
+SMALL_RECORDS: tuple[SmallRecords, ...] = ("accept", "refuse")
+
+RESOLVED = 1e-5
+"""Share of a layer's energy that a record may lack and still count as knowing all of it."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """One pass of one LoRA, and how much its tokens count.
+
+    Attributes:
+        record: The record of that pass.
+        weight: 1 as recorded; 0 leaves it out.
+
+    Raises:
+        IncompatibleError: A weight below 0, or not finite.
+    """
+
+    record: RecordFile
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < float("inf"):
+            raise IncompatibleError(
+                f"{self.weight} is no weight of a prompt.", file=self.record.path.name, remedy="use 0 or more."
+            )
+
+
+def from_records(
+    tasks: Sequence[Task],
+    shares: Sequence[Sequence[Share]],
+    *,
+    small: SmallRecords = "accept",
+    tick: Callable[[int, int], None] = lambda done, total: None,
+) -> Calibration:
+    """The calibration of LoRAs that were recorded one by one.
+
+    Args:
+        tasks: The LoRAs; their prompts are those of the shares, in order.
+        shares: For each LoRA its passes (one record for each prompt).
+        small: What to do about records that keep fewer directions of a layer than the LoRAs read there:
+            accept them (`settings["records"]` counts the layers), or refuse.
+        tick: Called with (layers done, layers in all); may raise to cancel.
+
+    Returns:
+        As a calibration run would give it, at the strengths of the records.
+
+    Raises:
+        IncompatibleError: A record is of another LoRA, model or noise than the others; says which.
+        CalibrationError: A record keeps too little, under "refuse"; says how much is needed.
+        FileError: A record is damaged.
+    """
+    used = [[one for one in mine if one.weight > 0] for mine in shares]
+    _check(tasks, used)
+    stacks = [one for one in build_stacks(tasks) if one.tapped and len(one.blocks) > 1]
+    found: dict[Target, list[_Sum]] = {stack.target: [] for stack in stacks}
+    total, done, missing = sum(len(mine) for mine in used) * len(stacks), 0, _Missing()
+    for index, mine in enumerate(used):
+        for share in mine:
+            with ExitStack() as context:
+                read = context.enter_context(share.record.reading())
+                for stack in stacks:
+                    tick(done, total)
+                    done += 1
+                    if index not in stack.tasks:
+                        continue
+                    factor = read(whole_module(stack.target))
+                    if factor is not None:
+                        missing.add(factor, _lacking(factor, stack, share.record, small))
+                        found[stack.target].append(_Sum.of(index, factor, stack, share.weight))
+    stats = {stack.target: _stats(stack, found[stack.target]) for stack in stacks}
+    first = next((mine[0] for mine in used if mine), None)
+    settings: dict[str, object] = {} if first is None else dict(first.record.identity.settings)
+    settings["records"] = {**missing.settings(), "passes": [_passes(mine) for mine in used]}
+    return Calibration(
+        records_of(tasks),
+        stats,
+        {stack.target: stack.tasks for stack in stacks},
+        "" if first is None else first.record.identity.model,
+        settings,
+        {stack.target: stack.signature for stack in stacks},
+    )
+
+
+class _Missing:
+    """What the records do not hold."""
+
+    def __init__(self) -> None:
+        self._sum, self._count, self._small, self._columns = 0.0, 0, 0, 0
+
+    def add(self, factor: InputFactor, columns: int) -> None:
+        """Count one layer of one record; `columns` is what its record should have, or 0."""
+        self._sum += factor.unknown
+        self._count += 1
+        self._small += columns > 0
+        self._columns = max(self._columns, columns)
+
+    def settings(self) -> dict[str, object]:
+        """The mean unknown share of energy; layers known in too few directions, of how many; columns that would do."""
+        mean = self._sum / self._count if self._count else 0.0
+        return {"unknown_energy": mean, "layers": self._count, "small": self._small, "columns": self._columns}
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """What one pass adds to one stack."""
+
+    task: int
+    gram: Tensor
+    tokens: float
+    nonfinite: int
+
+    @staticmethod
+    def of(task: int, factor: InputFactor, stack: LayerStack, weight: float) -> _Sum:
+        own = stack.basis[block_slices(stack.basis_ranks)[stack.tasks.index(task)]]
+        gram = weight * factor.gram_of(stack.basis, own)
+        return _Sum(task, gram.to(stack.basis.dtype), weight * factor.tokens, factor.nonfinite)
+
+
+def _stats(stack: LayerStack, sums: Sequence[_Sum]) -> GramStats:
+    size = sum(stack.basis_ranks)
+    grams, tokens, bad = [], [], []
+    for task in stack.tasks:
+        mine = [one for one in sums if one.task == task]
+        empty = torch.zeros(size, size, dtype=stack.basis.dtype)
+        grams.append(sum((one.gram for one in mine), start=empty))
+        tokens.append(sum(one.tokens for one in mine))
+        bad.append(sum(one.nonfinite for one in mine))
+    return GramStats(
+        torch.stack(grams),
+        torch.tensor(tokens, dtype=torch.float64),
+        torch.tensor(bad, dtype=torch.int64),
+        stack.basis_ranks,
+    )
+
+
+def _check(tasks: Sequence[Task], shares: Sequence[Sequence[Share]]) -> None:
+    first: Share | None = None
+    for task, mine in zip(tasks, shares, strict=True):
+        if task.active and not mine:
+            raise IncompatibleError("none of its prompts has a record.", file=task.name, remedy="record it.")
+        for share in mine:
+            recorded = share.record.identity.task
+            if recorded.fingerprint != task.adapter.fingerprint:
+                raise IncompatibleError(
+                    f"the record {share.record.path.name} is of other content (the LoRA {recorded.name}).",
+                    file=task.name,
+                    remedy="record the LoRA again.",
+                )
+            if recorded.convert_options != task.adapter.convert_options:
+                raise IncompatibleError(
+                    f"the record {share.record.path.name} was made with other conversion settings.",
+                    file=task.name,
+                    remedy="record the LoRA again, or set convert_rank as it was.",
+                )
+            first = first or share
+            off = shared_pass(first.record.identity, share.record.identity)
+            if off:
+                raise IncompatibleError(
+                    f"its record and that of {first.record.identity.task.name} do not belong together: "
+                    f"{'; '.join(off)}. A router would learn that difference.",
+                    file=task.name,
+                    remedy="record both with the same model, seed, steps and size.",
+                )
+    for task, mine in zip(tasks, shares, strict=True):
+        prompts = tuple(prompt for share in mine for prompt in share.record.identity.task.prompts)
+        if mine and prompts != task.prompts:
+            raise IncompatibleError(
+                f"its records are of the prompts {' | '.join(prompts)}.",
+                file=task.name,
+                remedy="give the LoRA the prompts of its records, in their order.",
+            )
+
+
+def _lacking(factor: InputFactor, stack: LayerStack, record: RecordFile, small: SmallRecords) -> int:
+    """Columns with which a record should be made again; 0 if it knows enough of this layer."""
+    rank = sum(stack.basis_ranks)
+    if factor.size >= min(rank, factor.width, factor.tokens) or factor.unknown <= RESOLVED:
+        return 0
+    needed = record.options.columns + rank - factor.size
+    if small == "refuse":
+        raise CalibrationError(
+            f"the record keeps {factor.size} directions of this layer, the merged LoRAs have rank {rank}.",
+            file=record.path.name,
+            layer=str(stack.target),
+            remedy=f"record the LoRA again with columns {needed} or more"
+            + (" and a larger budget_mb (or 0)." if record.options.budget_mb else "."),
+        )
+    return needed
+
+
+def _passes(shares: Sequence[Share]) -> list[Mapping[str, object]]:
+    return [{"key": share.record.identity.key, "weight": share.weight} for share in shares]

@@ -1,0 +1,192 @@
+"""Records on disk: safetensors with half-precision factors, checked when they are read, layer by layer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters import ConvertOptions
+from ..errors import FileError
+from ..files import atomic_path, json_text, open_safetensors, write_safetensors
+from ..finite import all_finite
+from ..records import TaskRecord
+from ..targets import Target
+from .budget import distinct
+from .factor import InputFactor
+from .identity import RECORD_VERSION, RecordIdentity
+from .sketch import RecordOptions
+
+FORMAT, DIGEST = "ssr_record", "ssr_record_sha256"
+SUFFIX = ".ssrrecord"
+"""Not .safetensors: ComfyUI would list records beside their LoRAs as LoRAs."""
+_AGAIN = "delete it and record the LoRA again."
+_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError, RecursionError)
+
+
+def save_record(
+    path: Path, identity: RecordIdentity, options: RecordOptions, layers: Mapping[Target, InputFactor]
+) -> None:
+    """Write a record; `path` is either complete or as it was. A record of the same run is replaced.
+
+    Raises:
+        FileError: The disk is full, or the folder cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    factors = []
+    for index, (factor, targets) in enumerate(distinct(layers)):
+        parts = {"columns": factor.columns.to(torch.float16), "norms": factor.norms.to(torch.float32)}
+        factors.append(
+            {
+                "own": factor.own,
+                "trace": factor.trace,
+                "tokens": factor.tokens,
+                "nonfinite": factor.nonfinite,
+                "layers": [[target.part, target.module_path] for target in targets],
+                "crc32": {name: _crc(part) for name, part in parts.items()},
+            }
+        )
+        tensors.update({f"{index}.{name}": part for name, part in parts.items()})
+    header = json_text(
+        {
+            "version": RECORD_VERSION,
+            "task": asdict(identity.task),
+            "model": identity.model,
+            "text_encoder": identity.text_encoder,
+            "settings": identity.settings,
+            "options": asdict(options),
+            "factors": factors,
+        }
+    )
+    digest = hashlib.sha256(header.encode()).hexdigest()
+    with atomic_path(path, overwrite=True) as temporary:
+        write_safetensors(temporary, tensors, {FORMAT: header, DIGEST: digest})
+
+
+@dataclass(frozen=True)
+class RecordFile:
+    """A record whose header has been read and checked; factors are read when they are asked for.
+
+    Attributes:
+        path: The file.
+        identity: What it was made of.
+        options: How much it keeps.
+    """
+
+    path: Path
+    identity: RecordIdentity
+    options: RecordOptions
+    _factors: tuple[dict[str, Any], ...] = field(repr=False)
+
+    @cached_property
+    def places(self) -> dict[Target, int]:
+        """Which factor each layer reads."""
+        return {
+            Target(str(module), None, part): index
+            for index, factor in enumerate(self._factors)
+            for part, module in factor["layers"]
+        }
+
+    def layers(self) -> dict[Target, InputFactor]:
+        """All factors."""
+        with self.reading() as read:
+            return {target: factor for target in self.places if (factor := read(target)) is not None}
+
+    def reading(self) -> RecordReader:
+        """A context in which single layers are read from the open file."""
+        return RecordReader(self)
+
+    def check(self, index: int, columns: Tensor, norms: Tensor) -> InputFactor:
+        """A factor from its tensors.
+
+        Raises:
+            FileError: They are not those that were written.
+        """
+        entry, path = self._factors[index], self.path
+        name = str(entry["layers"][0][1])
+        sums = {"columns": _crc(columns), "norms": _crc(norms)}
+        shaped = columns.ndim == 2 and columns.dtype == torch.float16 and norms.shape == columns.shape[1:]
+        if not shaped or sums != entry["crc32"] or not (all_finite(columns) and all_finite(norms)):
+            raise FileError("the record's values are damaged.", file=path.name, layer=name, remedy=_AGAIN)
+        return InputFactor(columns, norms, entry["own"], entry["trace"], entry["tokens"], entry["nonfinite"])
+
+
+class RecordReader:
+    """Reads factors of one record while its file is open; those that layers share are read once."""
+
+    def __init__(self, record: RecordFile) -> None:
+        self._record, self._stack = record, ExitStack()
+        self._last: tuple[int, InputFactor] | None = None
+        self._file: Any = None
+
+    def __enter__(self) -> RecordReader:
+        self._file = self._stack.enter_context(open_safetensors(self._record.path))
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._stack.__exit__(*raised)
+
+    def __call__(self, target: Target) -> InputFactor | None:
+        """The factor of one module; None if the layer never ran."""
+        index = self._record.places.get(target)
+        if index is None:
+            return None
+        if self._last is None or self._last[0] != index:
+            columns, norms = (self._file.get_tensor(f"{index}.{name}") for name in ("columns", "norms"))
+            self._last = index, self._record.check(index, columns, norms)
+        return self._last[1]
+
+
+def open_record(path: Path) -> RecordFile:
+    """Read a record's header.
+
+    Raises:
+        FileError: No record, of another version, or damaged; says which.
+    """
+    with open_safetensors(path) as file:
+        metadata = dict(file.metadata() or {})
+    if FORMAT not in metadata:
+        raise FileError("this is no SSR record.", file=path.name, remedy="choose a file that SSR Record wrote.")
+    try:
+        header = json.loads(metadata[FORMAT])
+        version = header["version"]
+        if version != RECORD_VERSION:
+            raise FileError(
+                f"record format {version}, this version reads {RECORD_VERSION}.",
+                file=path.name,
+                remedy="record the LoRA again, or update SSR-Merge.",
+            )
+        if hashlib.sha256(metadata[FORMAT].encode()).hexdigest() != metadata.get(DIGEST):
+            raise ValueError("its header was changed")
+        task = dict(header["task"], prompts=tuple(header["task"]["prompts"]))
+        convert = task["convert_options"]
+        task["convert_options"] = None if convert is None else ConvertOptions(**convert)
+        identity = RecordIdentity(TaskRecord(**task), header["model"], header["text_encoder"], header["settings"])
+        factors = tuple(_checked(entry) for entry in header["factors"])
+        return RecordFile(path, identity, RecordOptions(**header["options"]), factors)
+    except FileError:
+        raise
+    except _DAMAGE as err:
+        raise FileError(f"the record is damaged ({type(err).__name__}: {err}).", file=path.name, remedy=_AGAIN) from err
+
+
+def _checked(entry: dict[str, Any]) -> dict[str, Any]:
+    numbers = [float(entry[name]) for name in ("trace", "tokens", "nonfinite", "own")]
+    if not all(math.isfinite(one) and one >= 0 for one in numbers) or not entry["layers"]:
+        raise ValueError("a layer's counts")
+    return entry
+
+
+def _crc(tensor: Tensor) -> int:
+    """Of the bytes; a few hundred MB take well below a second."""
+    return zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).flatten().numpy().data)
