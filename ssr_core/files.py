@@ -121,6 +121,10 @@ def atomic_path(path: Path, overwrite: bool = False) -> Iterator[Path]:
             temporary.replace(path)
         else:
             _rename_to_new(temporary, path)
+    except FileError as err:
+        if err.file != str(temporary):
+            raise
+        raise FileError(err.what, file=str(path), remedy=err.remedy) from err  # nobody knows the temporary name
     finally:
         temporary.unlink(missing_ok=True)
 

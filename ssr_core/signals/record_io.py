@@ -27,7 +27,9 @@ from .factor import InputFactor
 from .identity import RECORD_VERSION, RecordIdentity
 from .sketch import RecordOptions
 
-FORMAT, DIGEST = "ssr_record", "ssr_record_sha256"
+FORMAT = "ssr_record"
+"""Metadata key of the header: its sha256, a space, JSON. One key, so that equal records are equal files."""
+
 SUFFIX = ".ssrrecord"
 """Not .safetensors: ComfyUI would list records beside their LoRAs as LoRAs."""
 _AGAIN = "delete it and record the LoRA again."
@@ -70,7 +72,7 @@ def save_record(
     )
     digest = hashlib.sha256(header.encode()).hexdigest()
     with atomic_path(path, overwrite=True) as temporary:
-        write_safetensors(temporary, tensors, {FORMAT: header, DIGEST: digest})
+        write_safetensors(temporary, tensors, {FORMAT: f"{digest} {header}"})
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,8 @@ def open_record(path: Path) -> RecordFile:
     if FORMAT not in metadata:
         raise FileError("this is no SSR record.", file=path.name, remedy="choose a file that SSR Record wrote.")
     try:
-        header = json.loads(metadata[FORMAT])
+        digest, _, text = metadata[FORMAT].partition(" ")
+        header = json.loads(text)
         version = header["version"]
         if version != RECORD_VERSION:
             raise FileError(
@@ -166,7 +169,7 @@ def open_record(path: Path) -> RecordFile:
                 file=path.name,
                 remedy="record the LoRA again, or update SSR-Merge.",
             )
-        if hashlib.sha256(metadata[FORMAT].encode()).hexdigest() != metadata.get(DIGEST):
+        if hashlib.sha256(text.encode()).hexdigest() != digest:
             raise ValueError("its header was changed")
         task = dict(header["task"], prompts=tuple(header["task"]["prompts"]))
         convert = task["convert_options"]

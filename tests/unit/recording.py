@@ -85,4 +85,3 @@ def exact_calibration(model, tasks, inputs):
 
 def smallest_eigenvalue(gram):
     return float(torch.linalg.eigvalsh(gram.double()).min() / gram.double().diagonal().abs().max())
-

@@ -1,0 +1,271 @@
+"""Sums of calibrations, and LoRAs that leave or join: properties of the algebra, and what is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import F64, LAYER, conflicting_tasks, randn, rel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from recording import (
+    Attention,
+    exact_calibration,
+    record_all,
+    recorded_tasks,
+    smallest_eigenvalue,
+    tokens,
+)
+
+from ssr_core import (
+    Calibration,
+    GramStats,
+    IncompatibleError,
+    SSRMerge,
+    Target,
+    build_stacks,
+    combine,
+    extend,
+    from_records,
+    keep,
+    load_calibration,
+    merge,
+    records_of,
+    save_calibration,
+    without,
+)
+
+OUT, IN, RANK = 7, 12, 3
+TASKS = conflicting_tasks(3, OUT, IN, RANK)
+(STACK,) = build_stacks(TASKS)
+
+
+def made(seed, order=(0, 1, 2), prompts=None, model="m", dtype=F64):
+    """A calibration of the three LoRAs with random statistics, the LoRAs in any order."""
+    tasks = [replace(TASKS[i], prompts=(prompts or "p",)) for i in order]
+    (stack,) = build_stacks(tasks)
+    grams = []
+    for i in order:
+        z = randn(100 * seed + i, 30, 3 * RANK) * (1 + seed)
+        gram = z.T @ z
+        index = torch.cat([torch.arange(RANK * j, RANK * (j + 1)) for j in order])
+        grams.append(gram[index][:, index])
+    counts = torch.tensor([30.0 + i + seed for i in order], dtype=F64)
+    bad = torch.tensor([seed * (i + 1) for i in order])
+    stats = GramStats(torch.stack(grams).to(dtype), counts, bad, stack.basis_ranks)
+    return Calibration(
+        records_of(tasks),
+        {LAYER: stats},
+        {LAYER: stack.tasks},
+        model,
+        {"seed": seed, "padding": "balance", "width": 64},
+        {LAYER: stack.signature},
+    )
+
+
+def close(a, b, tolerance=1e-12):
+    assert a.tasks == b.tasks and a.settings == b.settings and dict(a.stack_tasks) == dict(b.stack_tasks)
+    for target in a.stats:
+        x, y = a.stats[target], b.stats[target]
+        assert x.gram.dtype == y.gram.dtype == F64 and rel(x.gram, y.gram) < tolerance
+        assert rel(x.tokens, y.tokens) < tolerance and torch.equal(x.nonfinite, y.nonfinite)
+
+
+ORDERS = st.permutations([0, 1, 2]).map(tuple)
+WORDS = st.sampled_from(["p", "a", "z"])
+
+
+@given(orders=st.lists(ORDERS, min_size=3, max_size=3), words=st.lists(WORDS, min_size=3, max_size=3))
+@settings(max_examples=60, deadline=None)
+def test_combining_is_associative_and_commutative(orders, words):
+    a, b, c = (made(i + 1, order, word) for i, (order, word) in enumerate(zip(orders, words, strict=True)))
+    flat = combine([a, b, c])
+    close(flat, combine([combine([a, b]), c]))
+    close(flat, combine([a, combine([b, c])]))
+    close(flat, combine([c, a, b]))
+    close(combine([a, b]), combine([b, a]))
+
+
+@given(weights=st.lists(st.sampled_from([0.25, 1.0, 3.0]), min_size=2, max_size=2), outer=st.sampled_from([0.5, 2.0]))
+@settings(max_examples=20, deadline=None)
+def test_weights_multiply(weights, outer):
+    a, b = made(1), made(2)
+    inner = combine([a, b], weights)
+    found = combine([inner, made(3)], [outer, 1.0])
+    close(found, combine([a, b, made(3)], [outer * weights[0], outer * weights[1], 1.0]))
+    assert float(inner.stats[LAYER].tokens[0]) == 31 * weights[0] + 32 * weights[1]
+
+
+def test_float32_statistics_add_up_in_float64():
+    parts = [made(i, dtype=torch.float32) for i in (1, 2, 3)]
+    close(combine([combine(parts[:2]), parts[2]]), combine([parts[0], combine(parts[1:])]))
+
+
+def test_runs_made_apart_equal_one_run_over_all_tokens(tmp_path):
+    model, tasks = Attention(), recorded_tasks(2)
+    apart = [[[tokens(10 * run + k)] for k in range(2)] for run in range(2)]
+    together = exact_calibration(model, tasks, [apart[0][k] + apart[1][k] for k in range(2)])
+    runs = []
+    for number, inputs in enumerate(apart):
+        path = tmp_path / f"{number}.calibration.safetensors"
+        save_calibration(replace(exact_calibration(model, tasks, inputs), settings={"seed": number}), path)
+        runs.append(load_calibration(path))
+    whole = combine(runs)
+    for target, stats in together.stats.items():
+        assert rel(whole.stats[target].gram, stats.gram) < 1e-12
+    save_calibration(whole, tmp_path / "whole.calibration.safetensors")
+    again = load_calibration(tmp_path / "whole.calibration.safetensors")
+    results = [merge(tasks, SSRMerge(), one).layers for one in (together, again)]
+    for target, layer in results[0].items():
+        assert rel(results[1][target].delta(), layer.delta()) < 1e-9
+
+
+def test_a_prompt_leaves_by_weight_and_comes_by_a_run_of_its_own():
+    one, other = made(1, prompts="a"), made(2, prompts="b")
+    both = combine([one, other])
+    assert both.tasks[0].prompts == ("a", "b")
+    left = combine([one, other], [1.0, 0.0])
+    assert left.tasks[0].prompts == ("a",)
+    assert rel(left.stats[LAYER].gram, one.stats[LAYER].gram) < 1e-15
+
+
+def test_a_run_of_one_lora_only_adds_its_prompt():
+    """The others have no tokens and no prompts in it."""
+    extra = made(2, prompts="b")
+    stats, only = extra.stats[LAYER], torch.tensor([1.0, 0.0, 0.0], dtype=F64)
+    stats = replace(stats, gram=stats.gram * only[:, None, None], tokens=stats.tokens * only)
+    tasks = (extra.tasks[0], *(replace(one, prompts=()) for one in extra.tasks[1:]))
+    whole = combine([made(1), replace(extra, stats={LAYER: stats}, tasks=tasks)])
+    assert [one.prompts for one in whole.tasks] == [("b", "p"), ("p",), ("p",)]
+    assert rel(whole.stats[LAYER].gram[1:], made(1).stats[LAYER].gram[1:]) < 1e-15
+    assert rel(whole.stats[LAYER].gram[0], made(1).stats[LAYER].gram[0] + extra.stats[LAYER].gram[0]) < 1e-12
+
+
+def stronger(calibration):
+    return replace(calibration, tasks=(replace(calibration.tasks[0], strength_model=0.5), *calibration.tasks[1:]))
+
+
+def moved(calibration):
+    return replace(calibration, signatures={LAYER: calibration.signatures[LAYER] * 1.5})
+
+
+def elsewhere(calibration):
+    stats = calibration.stats[LAYER]
+    return replace(calibration, stats={Target("x"): stats}, stack_tasks={Target("x"): calibration.stack_tasks[LAYER]})
+
+
+def reading(calibration):
+    stats = calibration.stats[LAYER]
+    gram = torch.zeros(3, 3 * RANK + 1, 3 * RANK + 1, dtype=F64)
+    readers = torch.eye(IN, dtype=F64)[:1]
+    return replace(calibration, stats={LAYER: replace(stats, gram=gram, readers=readers)})
+
+
+MISMATCHED = {
+    "model": (lambda: made(2, model="other"), "the model"),
+    "strength": (lambda: stronger(made(2)), "task0 is only in the first; task0 is only in number 2"),
+    "fewer": (lambda: keep(made(2), [0, 1]), "task2 is only in the first"),
+    "basis": (lambda: moved(made(2)), "other coordinates"),
+    "layers": (lambda: elsewhere(made(2)), "the layers that the LoRAs share"),
+    "readers": (lambda: reading(made(2)), "read different directions"),
+    "twice": (lambda: made(1), r"same run is in it twice \(seed 1\)"),
+}
+
+
+@pytest.mark.parametrize("name", MISMATCHED)
+def test_what_does_not_fit_is_refused_with_what_differs(name):
+    make, words = MISMATCHED[name]
+    with pytest.raises(IncompatibleError, match=words):
+        combine([made(1), make()])
+    if name not in ("twice", "readers"):
+        with pytest.raises(IncompatibleError):
+            combine([make(), made(1)])
+
+
+@pytest.mark.parametrize("weights", [[1.0], [0.0, 0.0], [-1.0, 1.0], [float("nan"), 1.0], [float("inf"), 1.0]])
+def test_weights_that_mean_nothing_are_refused(weights):
+    with pytest.raises(IncompatibleError, match="weights"):
+        combine([made(1), made(2)], weights)
+    with pytest.raises(IncompatibleError, match="at least one"):
+        combine([])
+
+
+# ---------------------------------------------------------------- LoRAs that leave and join
+
+
+def test_what_is_left_is_what_a_run_without_it_gives():
+    model, tasks = Attention(), recorded_tasks(3)
+    inputs = [[tokens(k)] for k in range(3)]
+    whole = exact_calibration(model, tasks, inputs)
+    for chosen in ([0, 2], [2, 1]):
+        alone = exact_calibration(model, [tasks[i] for i in chosen], [inputs[i] for i in chosen])
+        found = keep(whole, chosen)
+        assert found.tasks == alone.tasks and found.stack_tasks == alone.stack_tasks
+        for target, stats in alone.stats.items():
+            assert rel(found.stats[target].gram, stats.gram) < 1e-12
+            assert rel(found.signatures[target], alone.signatures[target]) < 1e-15
+        close(combine([keep(whole, chosen)]), combine([found]))
+    assert without(whole, [1]).tasks == keep(whole, [0, 2]).tasks
+    assert keep(whole, [1]).stats == {}
+    for bad in ([], [0, 0], [3], [-1]):
+        with pytest.raises(IncompatibleError, match="cannot be kept"):
+            keep(whole, bad)
+
+
+@pytest.mark.parametrize("columns", [1, 6, 40])
+def test_a_lora_joins_by_records_and_what_was_exact_stays(tmp_path, columns):
+    from ssr_core import RecordOptions
+
+    model, tasks = Attention(), recorded_tasks(3)
+    inputs = [[tokens(k, rate=0.97)] for k in range(3)]
+    whole = exact_calibration(model, tasks, inputs)
+    old = exact_calibration(model, tasks[:2], inputs[:2])
+    shares, _ = record_all(tmp_path, model, tasks, inputs, RecordOptions(columns=columns, exact_limit=0))
+    guess = from_records(tasks, shares)
+    found = extend(replace(old, model="model-id"), guess)
+    gaps = {"guess": [], "found": []}
+    for target, truth in whole.stats.items():
+        mine = found.stats[target]
+        assert rel(mine.gram[:2, :6, :6], truth.gram[:2, :6, :6]) < 1e-12  # as they were calibrated
+        assert torch.equal(mine.gram[2], guess.stats[target].gram[2])
+        for k in range(2):
+            own = slice(3 * k, 3 * k + 3)
+            assert rel(mine.gram[k][own], truth.gram[k][own]) < 5e-3  # the guide
+            assert smallest_eigenvalue(mine.gram[k]) > -1e-6
+            gaps["found"].append(rel(mine.gram[k], truth.gram[k]))
+            gaps["guess"].append(rel(guess.stats[target].gram[k], truth.gram[k]))
+    assert sum(gaps["found"]) < sum(gaps["guess"])
+
+
+@given(seed=st.integers(0, 30), old=st.integers(1, 5))
+@settings(max_examples=30, deadline=None)
+def test_completion_is_the_truth_where_the_estimate_is_and_stays_positive(seed, old):
+    from ssr_core.updates import _completed
+
+    z, other = randn(seed, 40, 8), randn(seed + 99, 40, 8)
+    truth, guess = z.T @ z, other.T @ other
+    rows = torch.randperm(8, generator=torch.Generator().manual_seed(seed))[:old]
+    assert rel(_completed(truth, truth[rows][:, rows], rows), truth) < 1e-9
+    mixed = _completed(guess, truth[rows][:, rows], rows)
+    assert rel(mixed[rows][:, rows], truth[rows][:, rows]) < 1e-12 and smallest_eigenvalue(mixed) > -1e-12
+    # the regression of the other rows on these is the estimate's own
+    rest = torch.tensor([i for i in range(8) if i not in rows.tolist()])
+    weights = [m[rest][:, rows] @ torch.linalg.inv(m[rows][:, rows]) for m in (mixed, guess)]
+    assert rel(*weights) < 1e-9
+
+
+def test_what_cannot_be_extended_is_refused(tmp_path):
+    model, tasks = Attention(), recorded_tasks(3)
+    inputs = [[tokens(k)] for k in range(3)]
+    shares, _ = record_all(tmp_path, model, tasks, inputs)
+    old = replace(exact_calibration(model, tasks[:2], inputs[:2]), model="model-id")
+    guess = from_records(tasks, shares)
+    extend(old, guess)
+    with pytest.raises(IncompatibleError, match="differ in: model"):
+        extend(replace(old, model="other"), guess)
+    with pytest.raises(IncompatibleError, match="seed 7 instead of 8"):
+        extend(replace(old, settings={"seed": 8}), guess)
+    with pytest.raises(IncompatibleError, match="no such LoRA"):
+        extend(old, from_records(tasks[1:], shares[1:]))
+    moved_ = replace(old, signatures={t: 2 * s for t, s in old.signatures.items()})
+    with pytest.raises(IncompatibleError, match="other coordinates"):
+        extend(moved_, guess)

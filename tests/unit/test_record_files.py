@@ -1,0 +1,170 @@
+"""Record files: lazily read, half precision, and whatever happens to them refused by name or unchanged."""
+
+import json
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from recording import Attention, identity_of, record_all, recorded_tasks, tokens
+from safetensors.torch import load_file, save_file
+
+from ssr_core import ConvertOptions, FileError, RecordOptions, Target, open_record, read_safetensors, save_record
+from ssr_core.signals import record_io
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    shares, _ = record_all(tmp_path, Attention(), recorded_tasks(1), [[tokens(0)]])
+    return shares[0][0].record.path
+
+
+def contents(path):
+    return {str(t): (f.columns.clone(), f.norms.clone(), f.own, f.trace) for t, f in open_record(path).layers().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(
+        torch.equal(x[0], y[0]) and torch.equal(x[1], y[1]) and x[2:] == y[2:]
+        for x, y in zip(a.values(), b.values(), strict=True)
+    )
+
+
+def test_round_trip(saved):
+    one = recorded_tasks(1)[0]
+    record = open_record(saved)
+    assert record.identity == identity_of(one) and record.options == RecordOptions(columns=8, exact_limit=0)
+    layers = record.layers()
+    assert layers[Target("q")] is layers[Target("v")] and set(layers) == {Target(n) for n in "qkvo"}
+    again = saved.with_name("again.ssrrecord")
+    save_record(again, record.identity, record.options, layers)
+    assert again.read_bytes() == saved.read_bytes()
+
+
+def test_three_layers_with_one_input_store_one_factor_in_half_precision(saved):
+    stored = load_file(saved)
+    assert len(stored) == 4 and {stored[name].dtype for name in stored if name.endswith("columns")} == {torch.float16}
+    assert saved.stat().st_size < 2 * 60 * sum(len(v) for n, v in stored.items() if "norms" in n) + 6000
+
+
+def test_only_what_is_asked_for_is_read(saved, monkeypatch):
+    read = []
+    check = record_io.RecordFile.check
+    monkeypatch.setattr(record_io.RecordFile, "check", lambda self, i, *more: read.append(i) or check(self, i, *more))
+    with open_record(saved).reading() as reader:
+        assert read == []
+        assert reader(Target("q")) is reader(Target("k"))
+        assert reader(Target("stranger")) is None
+    assert len(read) == 1
+
+
+def test_a_converted_lora_and_its_settings_survive(saved):
+    record = open_record(saved)
+    task = replace(
+        record.identity.task, convert_options=ConvertOptions(8, 0.1, "drop"), prompts=("ü", "conditioning:1")
+    )
+    identity = replace(record.identity, task=task, settings={"custom": [1, {"a": None}]})
+    save_record(saved, identity, record.options, record.layers())
+    assert open_record(saved).identity == identity
+
+
+@pytest.mark.parametrize("batch", range(4))
+def test_no_damaged_byte_is_ever_believed(saved, batch):
+    """Bytes overwritten anywhere, and files cut anywhere: refused by name, or nothing changed."""
+    rng = random.Random(batch)
+    truth, whole = contents(saved), saved.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    refused = 0
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(rng.choice((1, 1, 3))):
+            data[rng.randrange(rng.choice((8, header, len(data))))] = rng.getrandbits(8)
+        if rng.random() < 0.2:
+            data = data[: rng.randrange(len(data))]
+        saved.write_bytes(data)
+        try:
+            found = contents(saved)
+        except FileError as err:
+            assert saved.name in str(err), err
+            refused += 1
+            continue
+        assert same(found, truth)
+    assert refused > 100
+
+
+def rewritten(path, change):
+    tensors, metadata = read_safetensors(path)
+    digest, _, text = metadata[record_io.FORMAT].partition(" ")
+    header = json.loads(text)
+    change(header)
+    save_file(tensors, path, {record_io.FORMAT: f"{digest} {json.dumps(header)}"})
+    return path
+
+
+def test_a_future_version_is_refused(saved):
+    with pytest.raises(FileError, match="record format 2, this version reads 1"):
+        open_record(rewritten(saved, lambda h: h.update(version=2)))
+
+
+def test_a_header_that_somebody_edited_is_refused(saved):
+    with pytest.raises(FileError, match="header was changed"):
+        open_record(rewritten(saved, lambda h: h.update(model="mine")))
+
+
+def test_foreign_files_are_refused(tmp_path):
+    path = tmp_path / "a.ssrrecord"
+    save_file({"x": torch.zeros(2)}, path)
+    with pytest.raises(FileError, match="no SSR record"):
+        open_record(path)
+    path.write_bytes(b"PK\x03\x04 nothing")
+    with pytest.raises(FileError, match="pickle"):
+        open_record(path)
+    with pytest.raises(FileError, match="does not exist"):
+        open_record(tmp_path / "missing.ssrrecord")
+
+
+def test_swapped_tensors_are_noticed(saved):
+    tensors, metadata = read_safetensors(saved)
+    tensors["0.norms"], tensors["1.norms"] = tensors["1.norms"].clone(), tensors["0.norms"].clone()
+    save_file(tensors, saved, metadata)
+    with pytest.raises(FileError, match="values are damaged"):
+        open_record(saved).layers()
+
+
+FULL_DISK = """
+import resource, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+import torch
+from recording import identity_of, recorded_tasks
+from ssr_core import FileError, InputFactor, RecordOptions, Target, save_record
+path, limit = Path({path!r}), {limit}
+import signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+factor = InputFactor(torch.ones(4096, 32).half(), torch.ones(32), 8, 40.0, 10.0)
+try:
+    save_record(path, identity_of(recorded_tasks(1)[0]), RecordOptions(), {{Target("q"): factor}})
+except FileError as err:
+    print(err)
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 100, 5000, 200_000])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_full_disk_leaves_what_was_there(tmp_path, limit, earlier):
+    """The operating system refuses the bytes: nothing half-written, an earlier record untouched."""
+    path = tmp_path / "r.ssrrecord"
+    if earlier:
+        path.write_bytes(b"earlier")
+    code = FULL_DISK.format(root=str(ROOT), tests=str(ROOT / "tests" / "unit"), path=str(path), limit=limit)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "free disk space" in run.stdout and str(path) in run.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ([path.name] if earlier else [])
+    assert not earlier or path.read_bytes() == b"earlier"
