@@ -5,13 +5,16 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .compare_node import SSRCompare
+from .library_node import SSRRecordLibrary
 from .lora_node import SSRLoRA
 from .merge_nodes import SSRCalibrate, SSRMergeNode, SSRSolve
 from .nplora_node import SSRNPLoRAMerge
 from .osrm_init_node import SSROSRMInit
 from .osrm_refit_node import SSROSRMRefit
 from .report_node import SSRReport
+from .record_nodes import SSRMergeFromRecords, SSRRecord
 from .storage_nodes import SSRLoadCalibration, SSRSaveCalibration, SSRSaveLoRA
+from .update_nodes import SSRCombineCalibrations, SSREditCalibration
 
 
 class SSRMergeExtension(ComfyExtension):
@@ -32,4 +35,9 @@ class SSRMergeExtension(ComfyExtension):
             SSROSRMRefit,
             SSRReport,
             SSRCompare,
+            SSRRecord,
+            SSRMergeFromRecords,
+            SSRRecordLibrary,
+            SSRCombineCalibrations,
+            SSREditCalibration,
         ]

@@ -8,6 +8,8 @@ from ..ssr_core import FileError
 from . import host
 
 CALIBRATION_FOLDER, CALIBRATION_SUFFIX = "calibrations", ".calibration.safetensors"
+RECORD_FOLDER = "records"
+"""Below the calibrations."""
 
 
 def output_path(prefix: str, suffix: str, folder: str = "") -> Path:
@@ -28,6 +30,11 @@ def output_path(prefix: str, suffix: str, folder: str = "") -> Path:
             "the name leads outside the output folder.", file=prefix, remedy="use a name like loras/merged."
         )
     return host.numbered_file(cleaned, root, suffix)
+
+
+def record_root() -> Path:
+    """Folder of the record library."""
+    return _calibration_root() / RECORD_FOLDER
 
 
 def _calibration_root() -> Path:

@@ -61,4 +61,6 @@ class RecordIdentity:
 def shared_pass(first: RecordIdentity, second: RecordIdentity) -> list[str]:
     """What keeps records of different LoRAs out of one merge: other models or other noise."""
     passes = [RecordIdentity(first.task, one.model, one.text_encoder, one.settings) for one in (first, second)]
-    return passes[0].differences(passes[1])
+    off = passes[0].differences(passes[1])
+    # a CONDITIONING that was given needs no text encoder
+    return off if first.text_encoder and second.text_encoder else [one for one in off if one != "text encoder"]

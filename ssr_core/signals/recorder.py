@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,10 @@ class Recorder:
         self.layers: list[InputLayer] = [one for one in input_layers(key_map, part) if one.target in modules]
         self.sketches = OwnSketches(self.layers, stacks, options)
         self.collector = InputCollector(self.layers, self.sketches.options, padding, [task], matrices=self.sketches)
+
+    def task(self, index: int) -> AbstractContextManager[InputTap]:
+        """A tap for the LoRA's passes, whatever its number is in the caller's list."""
+        return self.collector.task(0)
 
     def need(self) -> MemoryNeed:
         """Bytes that the pass will hold, at most."""
@@ -88,7 +93,7 @@ def record(
     """
     options = options or RecordOptions()
     recorder = Recorder(task, key_map, "model", options, padding)
-    with recorder.collector.task(0) as tap, tap.attached(root):
+    with recorder.task(0) as tap, tap.attached(root):
         run_pass(tap)
     return finished(recorder.factors(), options)
 

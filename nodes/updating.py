@@ -1,0 +1,165 @@
+"""Calibrations changed without running them again: LoRAs that leave and join, runs that add up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..ssr_core import Calibration, IncompatibleError, combine, extend, from_records, without
+from . import host, pipeline
+from .entries import LoRAEntries, LoRAEntry
+from .loading import load
+from .options import CalibrationOptions
+from .record_weights import record_notes
+from .recording import RecordingOptions, obtain
+
+
+def parse_drop(text: str, calibration: Calibration) -> list[int]:
+    """LoRAs to drop, one a line: by number (from 1) or by name, with or without folder and extension.
+
+    Raises:
+        IncompatibleError: No such LoRA, or a name that several have.
+    """
+    chosen = []
+    for line in (line.strip() for line in text.splitlines()):
+        if not line:
+            continue
+        names = [record.name for record in calibration.tasks]
+        found = [i for i, name in enumerate(names) if line in (name, Path(name).name, Path(name).stem)]
+        if line.isdigit() and not found:
+            found = [int(line) - 1] if 0 < int(line) <= len(names) else []
+        if len(found) != 1:
+            listed = ", ".join(f"{i} {name}" for i, name in enumerate(names, 1))
+            problem = "several LoRAs are called" if found else "the calibration has no LoRA"
+            raise IncompatibleError(f"{problem} {line!r}.", remedy=f"write a number or a name of: {listed}.")
+        chosen += found
+    return chosen
+
+
+def drop(socket: pipeline.CalibrationSocket, text: str) -> pipeline.CalibrationSocket:
+    """A calibration without some of its LoRAs."""
+    calibration = socket.calibration
+    gone = parse_drop(text, calibration)
+    if not gone:
+        return socket
+    left = without(calibration, gone)
+    entries = _entries_of(left, [socket])
+    fingerprints = {record.fingerprint for record in left.tasks}
+    converted = tuple(adapter for adapter in socket.converted if adapter.fingerprint in fingerprints)
+    made = pipeline.socket_of(left)
+    return pipeline.CalibrationSocket(left, entries, made.tensors, converted)
+
+
+def join(
+    socket: pipeline.CalibrationSocket,
+    new: LoRAEntries,
+    model: Any,
+    clip: Any | None,
+    options: RecordingOptions,
+    latent: Mapping[str, Any] | None,
+    sigmas: Tensor | None,
+    progress: host.Progress,
+) -> tuple[pipeline.CalibrationSocket, list[str]]:
+    """A calibration with further LoRAs, from records; what it knew exactly stays.
+
+    Args:
+        socket: The calibration.
+        new: LoRAs that join.
+        model: The MODEL that it was made with.
+        clip: The CLIP, if one was there.
+        options: What to do about LoRAs without a record.
+        latent: LATENT, if the calibration was made with one.
+        sigmas: SIGMAS, if the calibration was made with them.
+        progress: Shows the passes.
+
+    Returns:
+        The calibration, and what its report says.
+    """
+    entries = (*pipeline.entries_of(socket, ()), *new)
+    loaded = load(entries, model, clip, progress, socket.known(model))
+    sampling = sampling_of(socket.calibration, latent, sigmas)
+    found = obtain(loaded, model, clip, sampling, options, progress)
+    guess = from_records(loaded.tasks, found.shares, tick=lambda done, total: host.check_cancel())
+    joined = replace(extend(socket.calibration, guess), settings={**socket.calibration.settings, **guess.settings})
+    return pipeline.socket_of(joined, loaded), record_notes(found, joined.settings)
+
+
+def sampling_of(
+    calibration: Calibration, latent: Mapping[str, Any] | None, sigmas: Tensor | None
+) -> CalibrationOptions:
+    """The settings with which a calibration was made.
+
+    Raises:
+        IncompatibleError: It does not say, or was made with a LATENT or SIGMAS that are not connected.
+    """
+    settings: Mapping[str, Any] = calibration.settings
+    for name, given in (("latent", latent), ("sigmas", sigmas)):
+        if settings.get(f"custom_{name}") and given is None:
+            raise IncompatibleError(
+                f"the calibration was made with {name.upper()} of its own.", remedy=f"connect the same to {name}."
+            )
+    try:
+        return CalibrationOptions(
+            seed=settings["seed"],
+            steps=settings["steps"],
+            width=settings["width"],
+            height=settings["height"],
+            frames=settings["frames"],
+            scheduler=settings["scheduler"],
+            padding=settings["padding"],
+            memory_budget_gb=0.0,
+            latent=latent,
+            sigmas=sigmas,
+        )
+    except KeyError as err:
+        raise IncompatibleError(
+            f"the calibration does not say with which {err} it was made (sums of different runs do not).",
+            remedy="add LoRAs to its parts before combining them, or calibrate again.",
+        ) from err
+
+
+def combined(
+    sockets: Sequence[pipeline.CalibrationSocket], weights: Sequence[float] | None
+) -> pipeline.CalibrationSocket:
+    """The sum of calibrations, with the LoRAs that their links know."""
+    calibration = combine([one.calibration for one in sockets], weights)
+    made = pipeline.socket_of(calibration)
+    known = next((one.converted for one in sockets if one.converted), ())
+    return pipeline.CalibrationSocket(calibration, _entries_of(calibration, sockets), made.tensors, known)
+
+
+def _entries_of(calibration: Calibration, sockets: Sequence[pipeline.CalibrationSocket]) -> LoRAEntries:
+    """The LoRAs as linked; none if one of them came from a file, to be found by its content then."""
+    linked = {entry.sha256: entry for socket in sockets for entry in socket.entries}
+    found: list[LoRAEntry] = []
+    for record in calibration.tasks:
+        entry = linked.get(record.fingerprint)
+        if entry is None:
+            return ()
+        same = entry.identity == record.prompts
+        found.append(entry if same else replace(entry, prompts=record.prompts, conditioning=None))
+    return tuple(found)
+
+
+def parse_weights(text: str, count: int) -> list[float] | None:
+    """Numbers, by spaces, commas or lines; None for an empty text.
+
+    Raises:
+        IncompatibleError: No numbers, or not one for each calibration.
+    """
+    words = text.replace(",", " ").split()
+    if not words:
+        return None
+    try:
+        weights = [float(word) for word in words]
+    except ValueError as err:
+        raise IncompatibleError(f"{text!r} are no weights.", remedy="write numbers like 1 0.5.") from err
+    if len(weights) != count:
+        raise IncompatibleError(
+            f"{len(weights)} weights for {count} calibrations.", remedy="write one for each, or leave it empty."
+        )
+    return weights
