@@ -5,6 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .PHONY: demo demo-images test lint test-host compatibility bench-padding bench-batching bench-conversion bench-quantised bench-speed bench-quality bench-smoke clean help
+.PHONY: demo test lint test-host compatibility bench-padding bench-batching bench-conversion bench-quantised bench-speed bench-quality bench-records bench-smoke clean help
 
 help:
 	@echo "make demo                            merge three small LoRAs, results in demo_output/"
@@ -16,6 +17,7 @@ help:
 	@echo "make bench-quantised COMFYUI_PATH=<path>   how much of a merge acts on quantised models, and its cost"
 	@echo "make bench-speed                     speed and memory (ARGS='--device cuda', '--threads n'); docs/benchmarks/speed.md"
 	@echo "make bench-quality                   trains a small world and compares methods in it (tables to docs/benchmarks/quality.md)"
+	@echo "make bench-records                   what merges from calibration records lose, and what a record costs"
 	@echo "make bench-smoke                     the benchmarks at toy size: only shows that they run"
 	@echo "make clean                           remove the virtual environment and all outputs"
 
@@ -68,9 +70,13 @@ bench-speed: $(STAMP)
 bench-quality: $(STAMP)
 	$(PY) -m benchmarks.quality $(ARGS)
 
+bench-records: $(STAMP)
+	$(PY) -m benchmarks.records $(ARGS)
+
 bench-smoke: $(STAMP)
 	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && $(PY) -m benchmarks.speed --toy --out "$$out" > /dev/null && \
-	    $(PY) -m benchmarks.quality --toy --out "$$out" > /dev/null
+	    $(PY) -m benchmarks.quality --toy --out "$$out" > /dev/null && \
+	    $(PY) -m benchmarks.records --toy --out "$$out" --cache "$$out" > /dev/null
 
 clean:
 	rm -rf $(VENV) demo_output host_output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -18,7 +18,6 @@ def record_size_inputs() -> list[io.Input]:
             default=_DEFAULTS.columns,
             min=1,
             max=4096,
-            optional=True,
             advanced=True,
             tooltip="Directions of each layer's input that a new record keeps beside the LoRA's own, which are exact. "
             "More is closer to a calibration run and a larger file. Smaller records are made again.",
@@ -28,7 +27,6 @@ def record_size_inputs() -> list[io.Input]:
             default=_DEFAULTS.exact_limit,
             min=0,
             max=16384,
-            optional=True,
             advanced=True,
             tooltip="Layers with up to this many inputs are kept whole.",
         ),
@@ -38,7 +36,6 @@ def record_size_inputs() -> list[io.Input]:
             min=0.0,
             max=1e6,
             step=1.0,
-            optional=True,
             advanced=True,
             tooltip="Most MB of a new record, spread over its layers by what they need. 0: no limit but columns.",
         ),
@@ -46,7 +43,6 @@ def record_size_inputs() -> list[io.Input]:
             "store",
             options=list(STORES),
             default=STORES[0],
-            optional=True,
             advanced=True,
             tooltip="Where new records go: library is output/calibrations/records; beside the LoRA is its own folder, "
             "from where they travel with it. Both are searched.",

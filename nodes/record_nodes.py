@@ -137,7 +137,6 @@ def _own_inputs() -> list[io.Input]:
             "missing",
             options=list(recording.MISSING),
             default=recording.MISSING[0],
-            optional=True,
             tooltip="LoRAs without a record of these prompts, strengths, seed, steps and size: record runs their pass "
             "once and keeps it; refuse stops and says how the nearest record differs.",
         ),
@@ -145,7 +144,6 @@ def _own_inputs() -> list[io.Input]:
             "prompt_weights",
             multiline=True,
             default="",
-            optional=True,
             advanced=True,
             tooltip="One line for each LoRA: a weight for each of its prompts, e.g. 1 0.5. 0 leaves a prompt out. Empty: "
             "all count alike. Changing weights runs no pass.",
@@ -154,7 +152,6 @@ def _own_inputs() -> list[io.Input]:
             "small_records",
             options=list(SMALL_RECORDS),
             default=SMALL_RECORDS[0],
-            optional=True,
             advanced=True,
             tooltip="Records that keep fewer directions of a layer than the LoRAs read there: accept merges and says so "
             "in the report; refuse stops and says which columns would do.",

@@ -97,7 +97,6 @@ class SSREditCalibration(io.ComfyNode):
                     "missing",
                     options=list(recording.MISSING),
                     default=recording.MISSING[0],
-                    optional=True,
                     tooltip="LoRAs without a record: record runs their pass once and keeps it; refuse stops and says why "
                     "there is none.",
                 ),

@@ -1,0 +1,1 @@
+"""What a merge from records loses against a calibration run, and what a record costs."""

@@ -1,0 +1,272 @@
+"""Records through the real server: made once, merged in any set, refused with their reason."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from .loras import family_lora
+from .merging import SEED, MergeGraph, Task
+from .osrm import deltas
+
+FAMILY = "flux"
+
+
+@pytest.fixture(autouse=True)
+def library(base):
+    """An empty library before each test."""
+    folder = base / "output" / "calibrations" / "records"
+    shutil.rmtree(folder, ignore_errors=True)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+    for path in (base / "models" / "loras").glob("*.ssrrecord"):
+        path.unlink()
+
+
+def loras(base, count=3, family=FAMILY):
+    return [
+        Task(family_lora(base, family, "kohya", seed=60 + i, name=f"rec_{family}_{i}"), (1.0, 0.8, 1.2)[i], 700 + i)
+        for i in range(count)
+    ]
+
+
+def run(server, kind, tasks, prefix="", **options):
+    """A node of LoRAs, its saved LoRA if there is one, and its result."""
+    graph = MergeGraph(server)
+    node = graph.merge(FAMILY, tasks, kind, **options)
+    if prefix:
+        graph.save(node, prefix)
+    return server.run(graph.prompt), node
+
+
+def saved(base, prefix):
+    (path,) = (base / "output" / "loras").glob(f"{prefix}_*.safetensors")
+    found = deltas(load_file(path))
+    path.unlink()
+    return found
+
+
+def distance(a, b):
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).norm() / b[name].norm()) for name in b)
+
+
+def counts(text):
+    return tuple(map(int, re.search(r"Records: (\d+) found, (\d+) made", text).groups()))
+
+
+def test_any_set_is_merged_without_a_pass_as_if_it_had_been_calibrated(server, base, library):
+    tasks = loras(base)
+    result, node = run(server, "SSRRecord", tasks, exact_limit=4096)
+    text = result.ok().text(node)
+    assert counts(text) == (0, 3) and len(list(library.iterdir())) == 3
+    for chosen in ([0, 1], [1, 2], [2, 0, 1]):
+        some = [tasks[i] for i in chosen]
+        result, node = run(server, "SSRMergeFromRecords", some, "rec_from", missing="refuse", exact_limit=4096)
+        text = result.ok().text(node)
+        assert counts(text) == (len(some), 0)
+        run(server, "SSRMerge", some, "rec_whole")[0].ok()
+        assert distance(saved(base, "rec_from"), saved(base, "rec_whole")) < 0.02  # half precision on disk
+    result, node = run(server, "SSRRecord", tasks, exact_limit=4096, steps=1)
+    assert counts(result.ok().text(node)) == (3, 0)
+
+
+def test_small_records_are_close_and_say_how_much_they_lack(server, base, library):
+    tasks = loras(base, 2)
+    result, node = run(
+        server, "SSRMergeFromRecords", tasks, "rec_small", exact_limit=0, columns=1, small_records="accept"
+    )
+    text = result.ok().text(node)
+    assert counts(text) == (0, 2) and "of their layers' energy" in text
+    run(server, "SSRMerge", tasks, "rec_whole")[0].ok()
+    run(server, "SSRMerge", tasks, "rec_sum", mode="sum")[0].ok()
+    whole, small, plain = (saved(base, prefix) for prefix in ("rec_whole", "rec_small", "rec_sum"))
+    gaps = [float(sum((one[n] - whole[n]).square().sum() for n in whole) ** 0.5) for one in (small, plain)]
+    assert 0 < gaps[0] < gaps[1]
+
+
+def test_prompts_and_text_encoders_are_recorded_one_by_one(server, base, library):
+    from .weights import dumped, shapes_of
+
+    graph = MergeGraph(server)
+    graph.dump(graph.add("TinyCLIP", kind="sd15", seed=0), "rec_clip")
+    server.run(graph.prompt).ok()
+    shapes = shapes_of(dumped(base, "rec_clip"))
+    files = [family_lora(base, "sd15", "kohya", s, name=f"rec_te_{s}", text_encoder=shapes) for s in (71, 72)]
+
+    def merge(kind, prompts, prefix, **options):
+        graph = MergeGraph(server)
+        chain = [graph.pack("SSRLoRA", lora=f.name, prompts=p) for f, p in zip(files, prompts, strict=True)]
+        values = {"model": graph.checkpoint("sd15"), "clip": graph.add("TinyCLIP", kind="sd15", seed=0)}
+        node = graph.join(kind, chain, **values, latent=graph.latent("sd15"), **options)
+        graph.save(node, prefix)
+        return server.run(graph.prompt).ok().text(node)
+
+    both = ("a red fox\na fox in snow", "a heron\na heron in reeds at dawn")
+    text = merge("SSRMergeFromRecords", both, "rec_prompts", exact_limit=8192)
+    assert counts(text) == (0, 4)
+    merge("SSRMerge", both, "rec_te_whole")
+    assert distance(saved(base, "rec_prompts"), saved(base, "rec_te_whole")) < 0.02
+    text = merge(
+        "SSRMergeFromRecords", both, "rec_te_one", exact_limit=8192, missing="refuse", prompt_weights="1 0\n0 2"
+    )
+    assert counts(text) == (4, 0)
+    merge("SSRMerge", ("a red fox", "a heron in reeds at dawn"), "rec_te_two")
+    assert distance(saved(base, "rec_te_one"), saved(base, "rec_te_two")) < 0.02
+
+
+def test_what_is_missing_is_refused_with_the_reason(server, base, library):
+    tasks = loras(base, 2)
+    run(server, "SSRRecord", tasks)[0].ok()
+    refused = {"missing": "refuse"}
+    result, _ = run(server, "SSRMergeFromRecords", tasks, "no", **refused, seed=SEED + 1)
+    assert f"seed {SEED} instead of {SEED + 1}" in result.error and "2 passes have no record" in result.error
+    result, _ = run(server, "SSRMergeFromRecords", loras(base, 3), "no", **refused)
+    assert "no record was made of this LoRA" in result.error and "rec_flux_2" in result.error
+    weaker = [Task(tasks[0].file, 0.5, tasks[0].text_seed), tasks[1]]
+    result, _ = run(server, "SSRMergeFromRecords", weaker, "no", **refused)
+    assert "strength [1.0,1.0] instead of [0.5,0.5]" in result.error or "strength [1.0,0.0] instead of" in result.error
+    path = base / "models" / "loras" / tasks[0].file.name
+    content = path.read_bytes()
+    try:
+        family_lora(base, FAMILY, "kohya", seed=99, name="rec_other")
+        path.write_bytes((base / "models" / "loras" / "rec_other.safetensors").read_bytes())
+        result, _ = run(server, "SSRMergeFromRecords", tasks, "no", **refused)
+        assert "the file changed since the record" in result.error
+    finally:
+        path.write_bytes(content)
+
+
+def test_a_damaged_record_is_never_believed_and_made_again(server, base, library):
+    tasks = loras(base, 2)
+    run(server, "SSRRecord", tasks)[0].ok()
+    broken = sorted(library.iterdir())[0]
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:-100])
+    result, _ = run(server, "SSRMergeFromRecords", tasks, "no", missing="refuse")
+    assert "is refused" in result.error and broken.name in result.error
+    result, node = run(server, "SSRMergeFromRecords", tasks, "rec_again", steps=1)
+    assert counts(result.ok().text(node)) == (1, 1) and len(broken.read_bytes()) == len(whole)
+    saved(base, "rec_again")
+
+
+def test_the_library_is_listed_and_cleaned(server, base, library):
+    tasks = loras(base, 2)
+    run(server, "SSRRecord", tasks[:1])[0].ok()
+    run(server, "SSRRecord", tasks[1:], store="beside the LoRA")[0].ok()
+    beside = list((base / "models" / "loras").glob("*.ssrrecord"))
+    assert len(beside) == 1 and len(list(library.iterdir())) == 1
+
+    def look(action):
+        graph = MergeGraph(server)
+        node = graph.pack("SSRRecordLibrary", action=action)
+        return server.run(graph.prompt).ok().text(node)
+
+    text = look("list")
+    assert "2 records" in text and all(task.file.name in text for task in tasks)
+    result, node = run(server, "SSRMergeFromRecords", tasks, "rec_both", missing="refuse")
+    assert counts(result.ok().text(node)) == (2, 0)
+    saved(base, "rec_both")
+    assert "Removed 0 of 2" in look("clean")
+    beside[0].write_bytes(b"broken")
+    assert "Would remove 1 of 2" in look("clean (only say which)") and beside[0].exists()
+    assert "Removed 1 of 2" in look("clean") and not beside[0].exists()
+    assert "1 records" in look("list")
+    assert not [
+        name
+        for name in server.schemas(refresh=True)["SSRLoRA"]["input"]["required"]["lora"]
+        if "ssrrecord" in str(name)
+    ]
+
+
+def test_cancel_while_recording_leaves_no_record(server, base, library):
+    graph = MergeGraph(server)
+    node = graph.merge(FAMILY, loras(base, 2), "SSRRecord", steps=100, latent=graph.latent(FAMILY, 512))
+    prompt = server.submit(graph.prompt)
+    server.wait_event(prompt, lambda event, data: event == "progress" and data["node"] == node.id and data["value"])
+    server.interrupt()
+    assert server.wait(prompt, timeout=60).status == "interrupted"
+    assert not library.exists() or list(library.iterdir()) == []
+
+
+# ---------------------------------------------------------------- calibrations that change
+
+
+def calibrations_of(base, prefix):
+    (path,) = Path(base / "output" / "calibrations").glob(f"{prefix}_*.calibration.safetensors")
+    return load_file(path)
+
+
+def test_calibrations_made_apart_add_up(server, base):
+    tasks = loras(base, 2)
+    graph = MergeGraph(server)
+    model, latent = graph.checkpoint(FAMILY), graph.latent(FAMILY)
+    parts = [graph.merge(FAMILY, tasks, "SSRCalibrate", model=model, latent=latent, seed=s) for s in (1, 2)]
+    sockets = {f"calibrations.calibration{i}": part for i, part in enumerate(parts)}
+    whole = graph.pack("SSRCombineCalibrations", {"weights": "1 0.5"} | sockets)
+    for name, node in (("comb_a", parts[0]), ("comb_b", parts[1]), ("comb_sum", whole)):
+        graph.pack("SSRSaveCalibration", calibration=node, filename_prefix=name)
+    graph.save(graph.pack("SSRSolve", model=model, calibration=whole), "comb")
+    text = server.run(graph.prompt).ok().text(whole)
+    assert "rec_flux_0" in text and "rec_flux_1" in text
+    assert len(saved(base, "comb")) > 10
+    a, b, total = (calibrations_of(base, f"comb_{name}") for name in ("a", "b", "sum"))
+    grams = [name for name in total if name.endswith((".gram", ".tokens"))]
+    assert len(grams) > 10
+    for name in grams:
+        assert torch.allclose(total[name].double(), a[name].double() + 0.5 * b[name].double(), rtol=1e-12, atol=1e-12)
+
+
+def test_calibrations_of_other_loras_or_models_are_refused(server, base):
+    tasks = loras(base)
+    graph = MergeGraph(server)
+    parts = [graph.merge(FAMILY, some, "SSRCalibrate") for some in (tasks[:2], tasks[1:])]
+    sockets = {f"calibrations.calibration{i}": part for i, part in enumerate(parts)}
+    graph.pack("SSRSaveCalibration", calibration=graph.pack("SSRCombineCalibrations", sockets), filename_prefix="no")
+    error = server.run(graph.prompt).error
+    assert "rec_flux_0.safetensors is only in the first" in error
+    assert "rec_flux_2.safetensors is only in number 2" in error
+
+
+def test_loras_leave_and_join_a_calibration(server, base, library):
+    tasks = loras(base)
+    graph = MergeGraph(server)
+    model, latent = graph.checkpoint(FAMILY), graph.latent(FAMILY)
+    run(server, "SSRRecord", tasks[:2], exact_limit=4096)[0].ok()
+    made = graph.merge(FAMILY, tasks[:2], "SSRCalibrate", model=model, latent=latent)
+    left = graph.pack("SSREditCalibration", calibration=made, drop="1")
+    joined = graph.pack(
+        "SSREditCalibration",
+        {"loras.lora0": graph.lora(FAMILY, tasks[2])},
+        calibration=made,
+        drop="rec_flux_0",
+        model=model,
+        latent=latent,
+        exact_limit=4096,
+    )
+    graph.add("PreviewAny", source=left.out(1))
+    solved = graph.pack("SSRSolve", model=model, calibration=joined)
+    graph.save(solved, "rec_joined")
+    result = server.run(graph.prompt).ok()
+    assert counts(result.text(joined)) == (1, 1)
+    assert "No pass was run." in result.text(left) and "rec_flux_0" not in result.text(left)
+    run(server, "SSRMerge", tasks[1:], "rec_whole")[0].ok()
+    assert distance(saved(base, "rec_joined"), saved(base, "rec_whole")) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"drop": "3"}, "the calibration has no LoRA '3'"),
+        ({"drop": "1\n2"}, "cannot be kept"),
+        ({"drop": "rec"}, "write a number or a name of: 1 rec_flux_0.safetensors"),
+    ],
+)
+def test_edits_that_make_no_sense_are_refused(server, base, options, words):
+    graph = MergeGraph(server)
+    made = graph.merge(FAMILY, loras(base, 2), "SSRCalibrate")
+    graph.add("PreviewAny", source=graph.pack("SSREditCalibration", calibration=made, **options).out(1))
+    assert words in server.run(graph.prompt).error
