@@ -6,6 +6,7 @@ ones, pictures for latents, and the server runs it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import sys
@@ -31,6 +32,8 @@ MADE_HERE = (
     "SSRReport",
     "SSRCompare",
 )
+MADE_HERE = ("SSRMerge", "SSRCalibrate", "SSRSolve", "SSRNPLoRAMerge", "SSRLoRA", "SSROSRMInit", "SSROSRMRefit")
+MADE_HERE += ("SSRMergeFromRecords", "SSRRecordLibrary", "SSRCombineCalibrations")
 
 if not Path("/usr/bin/chromium").exists():
     pytest.skip("chromium is not installed: the example workflows were not opened", allow_module_level=True)
@@ -58,7 +61,7 @@ def prompts(server):
 def swap(prompt, family, loras):
     """The same graph on tiny models."""
     swapped = json.loads(json.dumps(prompt))
-    lora_names = iter(loras)
+    lora_names = itertools.cycle(loras)
     for node_id, node in prompt.items():
         inputs = swapped[node_id]["inputs"]
         kind = node["class_type"]
@@ -130,6 +133,8 @@ def test_there_are_workflows():
         "wan22_two_models",
         "osrm_refit",
         "osrm_train",
+        "records",
+        "several_servers",
     }
 
 

@@ -14,6 +14,7 @@ sys.path.append(str(Path(__file__).parent))
 
 from browser import comfy_page
 from workflow_graphs import GRAPHS
+from workflow_records import RECORD_GRAPHS
 
 OUT = Path(__file__).parents[2] / "workflows"
 
@@ -52,7 +53,7 @@ BUILD = """async (nodes) => {
 def main() -> None:
     """Write all graphs, each from a page of its own: the frontend keeps widget values by node id across graphs."""
     OUT.mkdir(exist_ok=True)
-    for name, nodes in GRAPHS.items():
+    for name, nodes in (GRAPHS | RECORD_GRAPHS).items():
         with comfy_page(sys.argv[1]) as page:
             graph = page.evaluate(BUILD, nodes)
             (OUT / f"{name}.json").write_text(json.dumps(graph, indent=1), encoding="utf-8")
