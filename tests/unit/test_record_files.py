@@ -142,33 +142,34 @@ sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
 import torch
 from recording import identity_of, recorded_tasks
-from ssr_core import Calibration, FileError, GramStats, InputFactor, RecordOptions, Target, save_calibration, save_record
-path, limit = Path({path!r}), {limit}
+from ssr_core import Calibration, FileError, GramStats, InputFactor, RecordOptions, Target
+from ssr_core import save_calibration, save_record
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 factor = InputFactor(torch.ones(4096, 32).half(), torch.ones(32), 8, 40.0, 10.0)
 identity, q = identity_of(recorded_tasks(1)[0]), Target("q")
 stats = GramStats(torch.ones(2, 256, 256), torch.ones(2), torch.zeros(2), (128, 128))
-try:
-    if {kind!r} == "record":
-        save_record(path, identity, RecordOptions(), {{q: factor}})
-    else:
-        save_calibration(Calibration((identity.task,) * 2, {{q: stats}}, {{q: (0, 1)}}), path, overwrite=True)
-except FileError as err:
-    print(err)
+for name in ("new.record", "earlier.record", "new.calibration", "earlier.calibration"):
+    path = Path({folder!r}) / name
+    if "earlier" in name:
+        path.write_bytes(b"earlier")
+    for limit in (0, 100, 5000, 200_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            if "record" in name:
+                save_record(path, identity, RecordOptions(), {{q: factor}})
+            else:
+                save_calibration(Calibration((identity.task,) * 2, {{q: stats}}, {{q: (0, 1)}}), path, overwrite=True)
+            raise SystemExit(f"{{name}} fits into {{limit}} bytes")
+        except FileError as err:
+            assert "free disk space" in str(err) and str(path) in str(err), err
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 """
 
 
-@pytest.mark.parametrize("limit", [0, 100, 5000, 200_000])
-@pytest.mark.parametrize(("earlier", "kind"), [(False, "record"), (True, "record"), (True, "calibration")])
-def test_a_full_disk_leaves_what_was_there(tmp_path, limit, earlier, kind):
-    """The operating system refuses the bytes: nothing half-written, an earlier record untouched."""
-    path = tmp_path / "r.ssrrecord"
-    if earlier:
-        path.write_bytes(b"earlier")
-    code = FULL_DISK.format(root=str(ROOT), tests=str(ROOT / "tests" / "unit"), path=str(path), limit=limit, kind=kind)
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    """The operating system refuses the bytes: nothing half-written, an earlier file untouched."""
+    code = FULL_DISK.format(root=str(ROOT), tests=str(ROOT / "tests" / "unit"), folder=str(tmp_path))
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert "free disk space" in run.stdout and str(path) in run.stdout
-    assert [p.name for p in tmp_path.iterdir()] == ([path.name] if earlier else [])
-    assert not earlier or path.read_bytes() == b"earlier"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["earlier.calibration", "earlier.record"]
+    assert {p.read_bytes() for p in tmp_path.iterdir()} == {b"earlier"}

@@ -75,9 +75,9 @@ RECORD_GRAPHS = {
             "note",
             0,
             -190,
-            "**Several servers: calibrate apart, combine.** Run SSR Calibrate and SSR Save Calibration on each server with "
-            "prompts (or seeds) of its own. Copy the files into one output/calibrations folder, put SSR Load Calibration "
-            "in place of each SSR Calibrate here, and combine. The same LoRA files and model everywhere.",
+            "**Several servers: calibrate apart, combine.** Run SSR Calibrate and SSR Save Calibration on each server "
+            "with prompts (or seeds) of its own. Copy the files into one output/calibrations folder, put SSR Load "
+            "Calibration in place of each SSR Calibrate here, and combine. The same LoRA files and model everywhere.",
         ),
     ],
 }
