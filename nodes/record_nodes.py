@@ -19,6 +19,7 @@ from .inputs import (
     lora_sockets,
     merge_outputs,
     optional_calibration_inputs,
+    sample_input,
     solve_inputs,
 )
 from .loading import load
@@ -51,6 +52,7 @@ class SSRRecord(io.ComfyNode):
                 *calibration_inputs(),
                 *optional_calibration_inputs(),
                 *record_size_inputs(),
+                sample_input(),
             ],
             outputs=[
                 io.String.Output(display_name="report", tooltip="Which records were made, where, and their size.")
@@ -97,6 +99,7 @@ class SSRMergeFromRecords(io.ComfyNode):
                 *solve_inputs(),
                 *_own_inputs(),
                 *record_size_inputs(),
+                sample_input(),
             ],
             outputs=[
                 *merge_outputs(),

@@ -55,7 +55,8 @@ class RecordingOptions:
 
 def recording_options(values: Mapping[str, Any]) -> RecordingOptions:
     """Take the settings of records out of a node's inputs."""
-    kept = RecordOptions(values["columns"], values["exact_limit"], values["budget_mb"])
+    tokens = values.get("sampled_tokens", RecordOptions().sampled_tokens)
+    kept = RecordOptions(values["columns"], values["exact_limit"], values["budget_mb"], tokens)
     return RecordingOptions(kept, values.get("missing", "record"), values["store"])
 
 

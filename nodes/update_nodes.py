@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 from ..ssr_core import IncompatibleError
 from . import host, pipeline, recording, updating
 from .entries import LoRAEntries, flatten
-from .inputs import CATEGORY, SSR_CALIBRATION, lora_sockets
+from .inputs import CATEGORY, SSR_CALIBRATION, lora_sockets, sample_input
 from .record_inputs import record_size_inputs
 
 _FOR_SOLVE = "For SSR Solve and SSR Save Calibration."
@@ -101,6 +101,7 @@ class SSREditCalibration(io.ComfyNode):
                     "there is none.",
                 ),
                 *record_size_inputs(),
+                sample_input(),
             ],
             outputs=[
                 SSR_CALIBRATION.Output(display_name="CALIBRATION", tooltip=_FOR_SOLVE),

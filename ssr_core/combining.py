@@ -17,6 +17,7 @@ from .errors import IncompatibleError
 from .files import json_text
 from .gram import GramStats
 from .records import TaskRecord
+from .sampling import InputSample, joined
 from .targets import Target
 from .updates import keep
 
@@ -28,7 +29,13 @@ _AGAIN = "calibrate all of them with the same model, LoRAs and strengths."
 
 def scaled(stats: GramStats, weight: float) -> GramStats:
     """Statistics whose tokens count `weight` times, in float64."""
-    return replace(stats, gram=weight * stats.gram.double(), tokens=weight * stats.tokens)
+    samples = None
+    if stats.samples is not None:  # a sample's weights add up to its run's tokens only on average
+        masses = [weight * float(count) for count in stats.tokens]
+        samples = tuple(
+            joined([(one, mass / float(one.weights.sum()))]) for one, mass in zip(stats.samples, masses, strict=True)
+        )
+    return replace(stats, gram=weight * stats.gram.double(), tokens=weight * stats.tokens, samples=samples)
 
 
 def combine(calibrations: Sequence[Calibration], weights: Sequence[float] | None = None) -> Calibration:
@@ -123,22 +130,24 @@ def _far(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 def _sum(parts: Sequence[GramStats], target: Target) -> GramStats:
     first = parts[0]
-    for other in parts[1:]:
-        same = first.readers is None and other.readers is None
-        if first.readers is not None and other.readers is not None and first.readers.shape == other.readers.shape:
-            same = not _far(first.readers.double(), other.readers.double())
-        if not same or first.ranks != other.ranks:
-            raise IncompatibleError(
-                "the calibrations read different directions here.",
-                layer=str(target),
-                remedy="calibrate all of them without a scout.",
-            )
+    if any(one.ranks != first.ranks for one in parts):
+        raise IncompatibleError("the LoRAs have other ranks here.", layer=str(target), remedy=_AGAIN)
     return replace(
         first,
         gram=torch.stack([one.gram for one in parts]).sum(dim=0),
         tokens=torch.stack([one.tokens for one in parts]).sum(dim=0),
         nonfinite=torch.stack([one.nonfinite for one in parts]).sum(dim=0),
+        samples=_samples(parts),
     )
+
+
+def _samples(parts: Sequence[GramStats]) -> tuple[InputSample, ...] | None:
+    """The sampled inputs of all runs; None where a run that saw the layer kept none."""
+    seen = [one for one in parts if bool((one.tokens > 0).any())]
+    kept = [one.samples for one in seen if one.samples is not None]
+    if not kept or len(kept) < len(seen):
+        return None
+    return tuple(joined([(one, 1.0) for one in mine]) for mine in zip(*kept, strict=True))
 
 
 def _union(prompts: Sequence[tuple[str, ...]]) -> tuple[str, ...]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import CalibrationError, IncompatibleError
-from .moments import CHUNK, MomentOptions, MomentsAccumulator, sketch_matrix
+from .moments import CHUNK, InputMoments, MomentOptions, MomentsAccumulator, sketch_matrix
 from .projection import patches
+from .sampling import SampleOptions, TokenSampler
 from .taps import PassState, input_of
 from .targets import KeyMap, Part, Target
 
@@ -53,10 +54,15 @@ def whole_module(target: Target) -> Target:
 
 
 class SketchMatrices:
-    """Sketch matrices by width, on the devices that need them."""
+    """Sketch matrices by width, on the devices that need them.
 
-    def __init__(self, options: MomentOptions) -> None:
-        self.options = options
+    Args:
+        options: What is kept of a layer.
+        sample: Tokens that are kept as they are, beside the moments; None for none.
+    """
+
+    def __init__(self, options: MomentOptions, sample: SampleOptions | None = None) -> None:
+        self.options, self.sample = options, sample
         self._ready: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
     def of(self, layer: InputLayer, device: torch.device, dtype: torch.dtype) -> Tensor | None:
@@ -98,6 +104,7 @@ class InputHook:
         self.state, self.layer, self.family, self.matrices = state, layer, family, matrices
         self.path = layer.target.module_path
         self.own: MomentsAccumulator | None = None
+        self.sampler = None if matrices.sample is None else TokenSampler(matrices.sample)
         self.own_calls = 0
         self.shared: Counter[InputHook] = Counter()
 
@@ -117,6 +124,11 @@ class InputHook:
             if self.own.total.device != x.device:
                 raise CalibrationError("the layer moved to another device during its pass.", layer=self.path)
             self.own.add(*self._chunks(module, x.detach(), weight))
+            if self.sampler is not None:
+                finite = [torch.isfinite(chunk.abs().amax(dim=-1)) for chunk in self._chunks(module, x, None)[0]]
+                chunks, weight = self._chunks(module, x.detach(), weight)
+                usable = torch.cat(finite, dim=1).flatten()
+                self.sampler.add(chunks, usable, None if weight is None else weight.flatten())
         self.own_calls += 1
 
     def _follows(self, x: Tensor, weight: Tensor | None) -> bool:
@@ -140,6 +152,14 @@ class InputHook:
         samples = x.reshape(x.shape[0] if x.ndim > 1 else 1, -1, width)
         weight = None if weight is None else weight.reshape(samples.shape[:2])
         return samples.split(max(1, CHUNK // max(1, samples.shape[0])), dim=1), weight
+
+    def take(self) -> InputMoments | None:
+        """What this hook added itself, handed over; None if a sibling added everything."""
+        if self.own is None:
+            return None
+        sample = None if self.sampler is None else self.sampler.result()
+        found, self.own, self.sampler = replace(self.own.result(), sample=sample), None, None
+        return found
 
     def parts(self) -> list[InputHook]:
         """The hooks whose accumulators make up this layer's moments.

@@ -99,8 +99,9 @@ class InputTap:
         for hook in self._hooks:
             parts = hook.parts()
             for part in parts:
-                if id(part) not in ready and part.own is not None:
-                    ready[id(part)], part.own = part.own.result(), None
+                taken = part.take() if id(part) not in ready else None
+                if taken is not None:
+                    ready[id(part)] = taken
                     if not bool(torch.isfinite(ready[id(part)].total).all()):
                         raise CalibrationError("the sums over its inputs overflow.", layer=part.path)
             if parts:

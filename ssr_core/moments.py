@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .errors import CalibrationError
+from .sampling import InputSample, joined
 
 Features = Literal["means", "tokens"]
 FEATURES: tuple[Features, ...] = ("means", "tokens")
@@ -86,12 +87,14 @@ class InputMoments:
         trace: Trace of C, the sum of the squared norms.
         tokens: Weighted tokens, or samples where means were taken.
         nonfinite: Tokens left out because a value was NaN or infinite.
+        sample: A few of the tokens as they are, where that was asked for.
     """
 
     total: Tensor
     trace: float
     tokens: float
     nonfinite: int = 0
+    sample: InputSample | None = None
 
     @property
     def width(self) -> int:
@@ -110,11 +113,13 @@ class InputMoments:
                 remedy="gather both with the same exact_limit and sketch.",
             )
         dtype = torch.promote_types(self.total.dtype, other.total.dtype)
+        samples = [one.sample for one in (self, other) if one.sample is not None]
         return InputMoments(
             self.total.to(dtype) + other.total.to(dtype),
             self.trace + other.trace,
             self.tokens + other.tokens,
             self.nonfinite + other.nonfinite,
+            joined([(one, 1.0) for one in samples]) if len(samples) == 2 else None,
         )
 
     def per_token(self) -> InputMoments:

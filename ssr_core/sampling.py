@@ -8,7 +8,8 @@ long as there are no more than n tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,6 +67,29 @@ class InputSample:
         if self.held is None or not bool((self.held == held).any()):
             return None
         return InputSample(self.rows[self.held == held], self.weights[self.held == held])
+
+
+def thinned(sample: InputSample, tokens: int) -> InputSample:
+    """The first tokens of a sample, which are those of highest priority, standing for all of it."""
+    if len(sample.rows) <= tokens:
+        return sample
+    kept = sample.weights[:tokens]
+    return InputSample(sample.rows[:tokens], kept * (sample.weights.sum() / kept.sum()))
+
+
+def joined(parts: Sequence[tuple[InputSample, float]]) -> InputSample:
+    """One sample of several runs; each token stands for `weight` times as many.
+
+    The order of the tokens does not depend on that of the runs, so that sums of runs commute.
+    """
+    if len(parts) == 1:
+        ((only, weight),) = parts
+        return InputSample(only.rows, weight * only.weights)
+    dtype = functools.reduce(torch.promote_types, [sample.rows.dtype for sample, _ in parts])
+    rows = torch.cat([sample.rows.to(dtype) for sample, _ in parts])
+    weights = torch.cat([weight * sample.weights for sample, weight in parts])
+    order = (rows.double() @ torch.arange(1, rows.shape[1] + 1, dtype=torch.float64).sqrt()).argsort(stable=True)
+    return InputSample(rows[order], weights[order])
 
 
 class TokenSampler:

@@ -86,7 +86,6 @@ def extend(exact: Calibration, estimate: Calibration) -> Calibration:
         members = estimate.stack_tasks[target]
         if truth is None or any(task not in members for task in old):
             continue
-        truth = truth.without_readers()
         blocks = [members.index(task) for task in old]
         _check_basis(exact, estimate, target, blocks, truth.ranks)
         gram, tokens, bad = guess.gram.double().clone(), guess.tokens.clone(), guess.nonfinite.clone()
@@ -95,7 +94,17 @@ def extend(exact: Calibration, estimate: Calibration) -> Calibration:
             mine = exact.stack_tasks[target].index(known[task])
             gram[block] = _completed(gram[block], truth.gram[mine].double(), rows)
             tokens[block], bad[block] = truth.tokens[mine], truth.nonfinite[mine]
-        stats[target] = replace(guess, gram=gram.to(guess.gram.dtype), tokens=tokens, nonfinite=bad)
+        samples = None if guess.samples is None else list(guess.samples)
+        if samples is not None and truth.samples is not None:
+            for block, task in zip(blocks, old, strict=True):
+                samples[block] = truth.samples[exact.stack_tasks[target].index(known[task])]
+        stats[target] = replace(
+            guess,
+            gram=gram.to(guess.gram.dtype),
+            tokens=tokens,
+            nonfinite=bad,
+            samples=None if samples is None else tuple(samples),
+        )
     return replace(estimate, stats=stats)
 
 

@@ -16,6 +16,11 @@ def column_bytes(factor: InputFactor) -> int:
     return 2 * factor.width + 4
 
 
+def sample_bytes(factor: InputFactor) -> int:
+    """What the sampled tokens take on disk: half precision, a scale in float32 and a weight in float64 each."""
+    return 0 if factor.sample is None else len(factor.sample.rows) * (2 * factor.width + 12)
+
+
 def distinct(layers: Mapping[Target, InputFactor]) -> list[tuple[InputFactor, list[Target]]]:
     """The factors, each with the layers that share it."""
     found: dict[int, tuple[InputFactor, list[Target]]] = {}
@@ -36,16 +41,16 @@ def fit_budget(layers: Mapping[Target, InputFactor], budget: int) -> dict[Target
         budget: Bytes; 0 cuts nothing.
 
     Raises:
-        CalibrationError: Not even the LoRA's own columns fit; says how much they take.
+        CalibrationError: Not even the LoRA's own columns and the sampled tokens fit; says how much they take.
     """
     if budget <= 0:
         return dict(layers)
     groups = distinct(layers)
-    left = budget - sum(factor.own * column_bytes(factor) for factor, _ in groups)
+    left = budget - sum(factor.own * column_bytes(factor) + sample_bytes(factor) for factor, _ in groups)
     if left < 0:
         raise CalibrationError(
-            f"a budget of {budget / MB:g} MB does not hold the LoRA's own directions.",
-            remedy=f"set budget_mb to {(budget - left) / MB:.3g} or more, or to 0.",
+            f"a budget of {budget / MB:g} MB does not hold the LoRA's own directions and the sampled tokens.",
+            remedy=f"set budget_mb to {(budget - left) / MB:.3g} or more, or to 0; or lower sampled_tokens.",
         )
     sizes = _best(groups, left)
     cut = {id(factor): factor.cut(size) for (factor, _), size in zip(groups, sizes, strict=True)}

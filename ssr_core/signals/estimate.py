@@ -20,6 +20,7 @@ from ..gram import GramStats
 from ..input_hooks import whole_module
 from ..records import records_of
 from ..router import block_slices
+from ..sampling import InputSample, joined
 from ..stacks import LayerStack, Task, build_stacks
 from ..targets import Target
 from .factor import InputFactor
@@ -138,28 +139,35 @@ class _Sum:
     gram: Tensor
     tokens: float
     nonfinite: int
+    sample: tuple[InputSample, float] | None
 
     @staticmethod
     def of(task: int, factor: InputFactor, stack: LayerStack, weight: float) -> _Sum:
         own = stack.basis[block_slices(stack.basis_ranks)[stack.tasks.index(task)]]
         gram = weight * factor.gram_of(stack.basis, own)
-        return _Sum(task, gram.to(stack.basis.dtype), weight * factor.tokens, factor.nonfinite)
+        sample = None
+        if factor.sample is not None:  # its weights add up to the tokens only on average
+            sample = factor.sample, weight * factor.tokens / float(factor.sample.weights.sum())
+        return _Sum(task, gram.to(stack.basis.dtype), weight * factor.tokens, factor.nonfinite, sample)
 
 
 def _stats(stack: LayerStack, sums: Sequence[_Sum]) -> GramStats:
     size = sum(stack.basis_ranks)
-    grams, tokens, bad = [], [], []
+    grams, tokens, bad, samples = [], [], [], []
     for task in stack.tasks:
         mine = [one for one in sums if one.task == task]
         empty = torch.zeros(size, size, dtype=stack.basis.dtype)
         grams.append(sum((one.gram for one in mine), start=empty))
         tokens.append(sum(one.tokens for one in mine))
         bad.append(sum(one.nonfinite for one in mine))
+        if mine and all(one.sample is not None for one in mine):
+            samples.append(joined([one.sample for one in mine if one.sample is not None]))
     return GramStats(
         torch.stack(grams),
         torch.tensor(tokens, dtype=torch.float64),
         torch.tensor(bad, dtype=torch.int64),
         stack.basis_ranks,
+        tuple(samples) if len(samples) == len(stack.tasks) else None,
     )
 
 

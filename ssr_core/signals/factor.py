@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..moments import InputMoments
+from ..sampling import InputSample
 
 _ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-6}
 """Eigenvalues below this share of the largest are rounding, by the dtype of the sums."""
@@ -38,6 +39,7 @@ class InputFactor:
         trace: Of C.
         tokens: Weighted tokens.
         nonfinite: Tokens left out because a value was NaN or infinite.
+        sample: A few of the tokens as they are; None if none were kept.
     """
 
     columns: Tensor
@@ -46,6 +48,7 @@ class InputFactor:
     trace: float
     tokens: float
     nonfinite: int = 0
+    sample: InputSample | None = None
 
     @property
     def width(self) -> int:
@@ -124,7 +127,13 @@ def factorise(moments: InputMoments, omega: Tensor | None, own: Tensor) -> Input
     some = norms > 0
     columns, norms = columns[:, some], norms[some]
     return InputFactor(
-        columns / norms, norms, int(some[: exact.shape[1]].sum()), moments.trace, moments.tokens, moments.nonfinite
+        columns / norms,
+        norms,
+        int(some[: exact.shape[1]].sum()),
+        moments.trace,
+        moments.tokens,
+        moments.nonfinite,
+        moments.sample,
     )
 
 

@@ -114,11 +114,11 @@ class RecordLibrary:
 def size_name(options: RecordOptions) -> str:
     """What tells records of different size apart."""
     budget = f"-{options.budget_mb:g}mb" if options.budget_mb else ""
-    return f"{options.columns}x{options.exact_limit}{budget}"
+    return f"{options.columns}x{options.exact_limit}+{options.sampled_tokens}{budget}"
 
 
-def _size(options: RecordOptions) -> tuple[float, int, int]:
-    return (options.budget_mb or float("inf"), options.columns, options.exact_limit)
+def _size(options: RecordOptions) -> tuple[float, ...]:
+    return (options.budget_mb or float("inf"), options.columns, options.sampled_tokens, options.exact_limit)
 
 
 def _covers(mine: RecordOptions, least: RecordOptions) -> bool:

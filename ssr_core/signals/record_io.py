@@ -21,6 +21,7 @@ from ..errors import FileError
 from ..files import atomic_path, json_text, open_safetensors, write_safetensors
 from ..finite import all_finite
 from ..records import TaskRecord
+from ..sampling import InputSample
 from ..targets import Target
 from .budget import distinct
 from .factor import InputFactor
@@ -33,6 +34,7 @@ FORMAT = "ssr_record"
 SUFFIX = ".ssrrecord"
 """Not .safetensors: ComfyUI would list records beside their LoRAs as LoRAs."""
 _AGAIN = "delete it and record the LoRA again."
+_FACTOR = {"columns", "norms"}
 _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError, RecursionError)
 
 
@@ -48,12 +50,14 @@ def save_record(
     factors = []
     for index, (factor, targets) in enumerate(distinct(layers)):
         parts = {"columns": factor.columns.to(torch.float16), "norms": factor.norms.to(torch.float32)}
+        parts |= {} if factor.sample is None else _packed(factor.sample)
         factors.append(
             {
                 "own": factor.own,
                 "trace": factor.trace,
                 "tokens": factor.tokens,
                 "nonfinite": factor.nonfinite,
+                "bfloat16": factor.sample is not None and factor.sample.rows.dtype == torch.bfloat16,
                 "layers": [[target.part, target.module_path] for target in targets],
                 "crc32": {name: _crc(part) for name, part in parts.items()},
             }
@@ -108,7 +112,11 @@ class RecordFile:
         """A context in which single layers are read from the open file."""
         return RecordReader(self)
 
-    def check(self, index: int, columns: Tensor, norms: Tensor) -> InputFactor:
+    def parts(self, index: int) -> list[str]:
+        """Names of a factor's tensors."""
+        return list(self._factors[index]["crc32"])
+
+    def check(self, index: int, parts: Mapping[str, Tensor]) -> InputFactor:
         """A factor from its tensors.
 
         Raises:
@@ -116,11 +124,39 @@ class RecordFile:
         """
         entry, path = self._factors[index], self.path
         name = str(entry["layers"][0][1])
-        sums = {"columns": _crc(columns), "norms": _crc(norms)}
-        shaped = columns.ndim == 2 and columns.dtype == torch.float16 and norms.shape == columns.shape[1:]
-        if not shaped or sums != entry["crc32"] or not (all_finite(columns) and all_finite(norms)):
+        sums = {part: _crc(value) for part, value in parts.items()}
+        if sums != entry["crc32"] or not all(_fits(parts)) or not all(all_finite(one) for one in parts.values()):
             raise FileError("the record's values are damaged.", file=path.name, layer=name, remedy=_AGAIN)
-        return InputFactor(columns, norms, entry["own"], entry["trace"], entry["tokens"], entry["nonfinite"])
+        return InputFactor(
+            parts["columns"],
+            parts["norms"],
+            entry["own"],
+            entry["trace"],
+            entry["tokens"],
+            entry["nonfinite"],
+            None if "rows" not in parts else _unpacked(parts, entry["bfloat16"]),
+        )
+
+
+def _fits(parts: Mapping[str, Tensor]) -> list[bool]:
+    columns, norms = parts["columns"], parts["norms"]
+    fits = [columns.ndim == 2, columns.dtype == torch.float16, norms.shape == columns.shape[1:]]
+    if "rows" in parts:
+        rows, scales, weights = parts["rows"], parts["scales"], parts["weights"]
+        fits += [rows.ndim == 2, rows.shape[1:] == columns.shape[:1], scales.shape == weights.shape == rows.shape[:1]]
+    return fits
+
+
+def _packed(sample: InputSample) -> dict[str, Tensor]:
+    """Tokens in half precision, whatever their size: each has a power of two of its own."""
+    rows = sample.rows.float()
+    scales = torch.exp2(torch.frexp(rows.abs().amax(dim=1)).exponent.float())
+    return {"rows": (rows / scales[:, None]).half(), "scales": scales, "weights": sample.weights.double()}
+
+
+def _unpacked(parts: Mapping[str, Tensor], narrow: bool) -> InputSample:
+    rows = parts["rows"].float() * parts["scales"][:, None]
+    return InputSample(rows.to(torch.bfloat16) if narrow else rows, parts["weights"])
 
 
 class RecordReader:
@@ -144,8 +180,8 @@ class RecordReader:
         if index is None:
             return None
         if self._last is None or self._last[0] != index:
-            columns, norms = (self._file.get_tensor(f"{index}.{name}") for name in ("columns", "norms"))
-            self._last = index, self._record.check(index, columns, norms)
+            names = self._record.parts(index)
+            self._last = index, self._record.check(index, {n: self._file.get_tensor(f"{index}.{n}") for n in names})
         return self._last[1]
 
 
@@ -187,6 +223,8 @@ def _checked(entry: dict[str, Any]) -> dict[str, Any]:
     numbers = [float(entry[name]) for name in ("trace", "tokens", "nonfinite", "own")]
     if not all(math.isfinite(one) and one >= 0 for one in numbers) or not entry["layers"]:
         raise ValueError("a layer's counts")
+    if set(entry["crc32"]) not in (_FACTOR, _FACTOR | {"rows", "scales", "weights"}):
+        raise ValueError("a layer's tensors")
     return entry
 
 

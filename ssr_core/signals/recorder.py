@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..input_hooks import InputLayer, input_layers, whole_module
 from ..input_taps import InputCollector, InputTap
@@ -50,8 +51,8 @@ class Recorder:
         """Bytes that the pass will hold, at most."""
         kept = 0
         for layer in self.layers:
-            omega = self.sketches.columns_of(layer)
-            kept += 8 * layer.in_features * omega
+            tokens = 0 if self.sketches.sample is None else self.sketches.sample.tokens + 1
+            kept += layer.in_features * (8 * self.sketches.columns_of(layer) + 4 * tokens)
         return MemoryNeed(kept, kept)
 
     def factors(self, tick: Callable[[], None] = lambda: None) -> dict[Target, InputFactor]:
@@ -108,10 +109,7 @@ def finished(layers: Mapping[Target, InputFactor], options: RecordOptions) -> di
 
 
 def _half(factor: InputFactor) -> InputFactor:
-    columns: Tensor = factor.columns.to(torch.float16)
-    return InputFactor(
-        columns, factor.norms.to(torch.float32), factor.own, factor.trace, factor.tokens, factor.nonfinite
-    )
+    return replace(factor, columns=factor.columns.to(torch.float16), norms=factor.norms.to(torch.float32))
 
 
 def unknown_share(layers: Mapping[Target, InputFactor]) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import CalibrationError
 from ..input_hooks import InputLayer, SketchMatrices, family_of, whole_module
 from ..moments import MomentOptions
-from ..readers import row_space
+from ..sampling import SampleOptions
 from ..stacks import LayerStack
 from ..targets import Target
 
@@ -27,7 +27,8 @@ class RecordOptions:
     Attributes:
         columns: Random directions l in which a layer's inputs are sketched, beside the LoRA's own rows.
         exact_limit: Widest layer whose inputs are not sketched at all.
-        budget_mb: Most MB (10^6 bytes) of factors in the file; 0 keeps all that was sketched.
+        budget_mb: Most MB (10^6 bytes) of factors and samples in the file; 0 keeps all that was sketched.
+        sampled_tokens: Whole inputs of each layer that are kept for `refinement`, as in calibration; 0 for none.
 
     Raises:
         CalibrationError: A value that leaves nothing.
@@ -36,12 +37,14 @@ class RecordOptions:
     columns: int = 64
     exact_limit: int = 256
     budget_mb: float = 0.0
+    sampled_tokens: int = SampleOptions().tokens
 
     def __post_init__(self) -> None:
-        if self.columns < 1 or self.exact_limit < 0 or not 0 <= self.budget_mb < float("inf"):
+        counts = self.exact_limit, self.sampled_tokens
+        if self.columns < 1 or min(counts) < 0 or not 0 <= self.budget_mb < float("inf"):
             raise CalibrationError(
                 f"no record can be made with {self}.",
-                remedy="use at least one column, an exact_limit of 0 or more and a budget_mb of 0 or more.",
+                remedy="use at least one column; exact_limit, budget_mb and sampled_tokens of 0 or more.",
             )
 
 
@@ -57,7 +60,8 @@ class OwnSketches(SketchMatrices):
     """
 
     def __init__(self, layers: Iterable[InputLayer], stacks: Iterable[LayerStack], options: RecordOptions) -> None:
-        super().__init__(MomentOptions("tokens"))
+        sample = SampleOptions(options.sampled_tokens) if options.sampled_tokens else None
+        super().__init__(MomentOptions("tokens"), sample)
         self._options = options
         by_module: dict[Target, list[Tensor]] = defaultdict(list)
         for stack in stacks:
@@ -107,4 +111,8 @@ class OwnSketches(SketchMatrices):
 
 def _span(rows: list[Tensor]) -> Tensor:
     stacked = torch.cat(rows).double()
-    return row_space(stacked, SAME_SPAN) if len(rows) > 1 else stacked
+    if len(rows) == 1:
+        return stacked
+    _, sizes, right = torch.linalg.svd(stacked, full_matrices=False)
+    span: Tensor = right[sizes > SAME_SPAN * sizes[:1]]
+    return span

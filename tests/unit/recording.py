@@ -63,7 +63,7 @@ def identity_of(one, **changes):
 
 def record_all(tmp_path, model, tasks, inputs, options=None, library=None):
     """One record for each task and each of its inputs; prompts are numbered."""
-    options = options or RecordOptions(columns=8, exact_limit=0)
+    options = options or RecordOptions(columns=8, exact_limit=0, sampled_tokens=16)
     library = library or RecordLibrary(tmp_path / "records")
     shares = []
     for one, mine in zip(tasks, inputs, strict=True):
@@ -75,12 +75,12 @@ def record_all(tmp_path, model, tasks, inputs, options=None, library=None):
     return shares, library
 
 
-def exact_calibration(model, tasks, inputs):
+def exact_calibration(model, tasks, inputs, sample=None):
     def run_pass(index, tap):
         for x in inputs[index]:
             model(x)
 
-    return calibrate(model, tasks, build_stacks(tasks), run_pass)
+    return calibrate(model, tasks, build_stacks(tasks), run_pass, sample=sample)
 
 
 def smallest_eigenvalue(gram):

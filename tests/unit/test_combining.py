@@ -20,6 +20,8 @@ from ssr_core import (
     Calibration,
     GramStats,
     IncompatibleError,
+    InputSample,
+    SampleOptions,
     SSRMerge,
     Target,
     build_stacks,
@@ -51,7 +53,8 @@ def made(seed, order=(0, 1, 2), prompts=None, model="m", dtype=F64):
         grams.append(gram[index][:, index])
     counts = torch.tensor([30.0 + i + seed for i in order], dtype=F64)
     bad = torch.tensor([seed * (i + 1) for i in order])
-    stats = GramStats(torch.stack(grams).to(dtype), counts, bad, stack.basis_ranks)
+    samples = tuple(InputSample(randn(900 * seed + i, 4, IN), torch.ones(4, dtype=F64)) for i in order)
+    stats = GramStats(torch.stack(grams).to(dtype), counts, bad, stack.basis_ranks, samples)
     return Calibration(
         records_of(tasks),
         {LAYER: stats},
@@ -68,6 +71,9 @@ def close(a, b, tolerance=1e-12):
         x, y = a.stats[target], b.stats[target]
         assert x.gram.dtype == y.gram.dtype == F64 and rel(x.gram, y.gram) < tolerance
         assert rel(x.tokens, y.tokens) < tolerance and torch.equal(x.nonfinite, y.nonfinite)
+        assert x.samples is not None and y.samples is not None
+        for mine, theirs in zip(x.samples, y.samples, strict=True):
+            assert torch.equal(mine.rows, theirs.rows) and rel(mine.weights, theirs.weights) < tolerance
 
 
 ORDERS = st.permutations([0, 1, 2]).map(tuple)
@@ -93,6 +99,8 @@ def test_weights_multiply(weights, outer):
     found = combine([inner, made(3)], [outer, 1.0])
     close(found, combine([a, b, made(3)], [outer * weights[0], outer * weights[1], 1.0]))
     assert float(inner.stats[LAYER].tokens[0]) == 31 * weights[0] + 32 * weights[1]
+    grams = [one.stats[LAYER].gram for one in (a, b)]
+    assert rel(inner.stats[LAYER].gram, weights[0] * grams[0] + weights[1] * grams[1]) < 1e-12
 
 
 def test_float32_statistics_add_up_in_float64():
@@ -110,6 +118,7 @@ def test_runs_made_apart_equal_one_run_over_all_tokens(tmp_path):
         save_calibration(replace(exact_calibration(model, tasks, inputs), settings={"seed": number}), path)
         runs.append(load_calibration(path))
     whole = combine(runs)
+    assert whole.stats[Target("q")].samples is None
     for target, stats in together.stats.items():
         assert rel(whole.stats[target].gram, stats.gram) < 1e-12
     save_calibration(whole, tmp_path / "whole.calibration.safetensors")
@@ -117,6 +126,28 @@ def test_runs_made_apart_equal_one_run_over_all_tokens(tmp_path):
     results = [merge(tasks, SSRMerge(), one).layers for one in (together, again)]
     for target, layer in results[0].items():
         assert rel(results[1][target].delta(), layer.delta()) < 1e-9
+
+
+def test_sampled_inputs_stay_with_their_runs_and_weights(tmp_path):
+    model, tasks = Attention(), recorded_tasks(2)
+    runs = []
+    for run in range(2):
+        inputs = [[tokens(10 * run + k)] for k in range(2)]
+        runs.append(replace(exact_calibration(model, tasks, inputs, SampleOptions(16)), settings={"seed": run}))
+    whole = combine(runs, [1.0, 3.0])
+    save_calibration(whole, tmp_path / "c")
+    loaded = load_calibration(tmp_path / "c")
+    for target, stats in whole.stats.items():
+        for k in range(2):
+            parts = [one.stats[target].samples[k] for one in runs]
+            x, both = stats.samples[k], torch.cat([one.rows for one in parts])
+            shares = [one.weights * 200 / one.weights.sum() for one in parts]  # 200 tokens each
+            weights = torch.cat([shares[0], 3 * shares[1]])
+            assert len(x.rows) == 32 and rel(x.weights.sum(), torch.tensor(200.0 + 3 * 200)) < 1e-6
+            assert rel(x.rows.T * x.weights @ x.rows, both.T * weights @ both) < 1e-12
+            assert torch.equal(loaded.stats[target].samples[k].rows, x.rows)
+    mixed = combine([runs[0], replace(runs[1], stats={t: replace(s, samples=None) for t, s in runs[1].stats.items()})])
+    assert all(stats.samples is None for stats in mixed.stats.values())
 
 
 def test_a_prompt_leaves_by_weight_and_comes_by_a_run_of_its_own():
@@ -153,11 +184,9 @@ def elsewhere(calibration):
     return replace(calibration, stats={Target("x"): stats}, stack_tasks={Target("x"): calibration.stack_tasks[LAYER]})
 
 
-def reading(calibration):
+def narrower(calibration):
     stats = calibration.stats[LAYER]
-    gram = torch.zeros(3, 3 * RANK + 1, 3 * RANK + 1, dtype=F64)
-    readers = torch.eye(IN, dtype=F64)[:1]
-    return replace(calibration, stats={LAYER: replace(stats, gram=gram, readers=readers)})
+    return replace(calibration, stats={LAYER: replace(stats, ranks=(RANK - 1, RANK, RANK + 1))})
 
 
 MISMATCHED = {
@@ -166,7 +195,7 @@ MISMATCHED = {
     "fewer": (lambda: keep(made(2), [0, 1]), "task2 is only in the first"),
     "basis": (lambda: moved(made(2)), "other coordinates"),
     "layers": (lambda: elsewhere(made(2)), "the layers that the LoRAs share"),
-    "readers": (lambda: reading(made(2)), "read different directions"),
+    "ranks": (lambda: narrower(made(2)), "other ranks"),
     "twice": (lambda: made(1), r"same run is in it twice \(seed 1\)"),
 }
 
@@ -176,7 +205,7 @@ def test_what_does_not_fit_is_refused_with_what_differs(name):
     make, words = MISMATCHED[name]
     with pytest.raises(IncompatibleError, match=words):
         combine([made(1), make()])
-    if name not in ("twice", "readers"):
+    if name not in ("twice", "ranks"):
         with pytest.raises(IncompatibleError):
             combine([make(), made(1)])
 
@@ -203,7 +232,6 @@ def test_what_is_left_is_what_a_run_without_it_gives():
         for target, stats in alone.stats.items():
             assert rel(found.stats[target].gram, stats.gram) < 1e-12
             assert rel(found.signatures[target], alone.signatures[target]) < 1e-15
-        close(combine([keep(whole, chosen)]), combine([found]))
     assert without(whole, [1]).tasks == keep(whole, [0, 2]).tasks
     assert keep(whole, [1]).stats == {}
     for bad in ([], [0, 0], [3], [-1]):
@@ -251,6 +279,8 @@ def test_completion_is_the_truth_where_the_estimate_is_and_stays_positive(seed, 
     rest = torch.tensor([i for i in range(8) if i not in rows.tolist()])
     weights = [m[rest][:, rows] @ torch.linalg.inv(m[rows][:, rows]) for m in (mixed, guess)]
     assert rel(*weights) < 1e-9
+    left = [m[rest][:, rest] - w @ m[rows][:, rows] @ w.T for m, w in zip((mixed, guess), weights, strict=True)]
+    assert rel(*left) < 1e-9  # and so is what they leave over
 
 
 def test_what_cannot_be_extended_is_refused(tmp_path):

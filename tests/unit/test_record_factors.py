@@ -1,5 +1,6 @@
 """Factors of second moments against dense float64 references: exact where they claim to be, honest elsewhere."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recording import Attention, key_map, recorded_tasks, tokens
 
-from ssr_core import CalibrationError, InputMoments, RecordOptions, Target, record
+from ssr_core import CalibrationError, InputMoments, InputSample, RecordOptions, Target, record
 from ssr_core.signals.budget import column_bytes, fit_budget
 from ssr_core.signals.factor import InputFactor, factorise
 
@@ -126,11 +127,26 @@ def test_a_budget_is_kept_and_too_small_a_one_names_what_is_needed():
     assert fit_budget(layers, 0) == layers
 
 
+def test_sampled_tokens_count_in_the_budget():
+    sample = InputSample(torch.ones(5, 20), torch.ones(5))
+    layers = {t: replace(one, sample=sample) for t, one in factors(3, (20, 20)).items()}
+    price, tokens_ = column_bytes(layers[Target("layer0")]), 2 * 5 * (2 * 20 + 12)
+    kept = fit_budget(layers, tokens_ + 5 * price)
+    assert sum(one.size for one in kept.values()) == 5
+    with pytest.raises(CalibrationError, match="sampled tokens"):
+        fit_budget(layers, tokens_ + price)
+
+
 def test_shared_layers_count_their_bytes_once_and_their_worth_for_each():
     a, b = factors(3, (20, 20)).values()
     shared = {Target("q"): a, Target("k"): a, Target("v"): a, Target("o"): b}
     price = column_bytes(a)
+    a.norms[1:], b.norms[1:] = torch.tensor([0.5, 0.4, 0.3, 0.2]), torch.tensor([0.6, 0.1, 0.1, 0.1])
+    shared = {t: replace(one, trace=2.0) for t, one in shared.items()}
+    one = replace(a, trace=2.0)
+    shared |= {Target(name): one for name in "qkv"}
     found = fit_budget(shared, 4 * price)
+    assert found[Target("q")].size == 3, "worth counts once: o's second column would be taken first"
     assert found[Target("q")] is found[Target("v")]
     assert found[Target("q")].size + found[Target("o")].size == 4
 
@@ -159,6 +175,12 @@ def test_a_pass_is_recorded_with_the_lora_active_alone(limit):
 
 
 def test_options_that_leave_nothing_are_refused():
-    for bad in ({"columns": 0}, {"exact_limit": -1}, {"budget_mb": -1.0}, {"budget_mb": float("nan")}):
+    for bad in (
+        {"columns": 0},
+        {"exact_limit": -1},
+        {"budget_mb": -1.0},
+        {"budget_mb": float("nan")},
+        {"sampled_tokens": -1},
+    ):
         with pytest.raises(CalibrationError, match="no record"):
             RecordOptions(**bad)

@@ -25,20 +25,25 @@ def saved(tmp_path):
 
 
 def contents(path):
-    return {str(t): (f.columns.clone(), f.norms.clone(), f.own, f.trace) for t, f in open_record(path).layers().items()}
+    found = {}
+    for target, f in open_record(path).layers().items():
+        rows, weights = f.sample.rows.clone(), f.sample.weights.clone()
+        found[str(target)] = (f.columns.clone(), f.norms.clone(), rows, weights, f.own, f.trace)
+    return found
 
 
 def same(a, b):
     return a.keys() == b.keys() and all(
-        torch.equal(x[0], y[0]) and torch.equal(x[1], y[1]) and x[2:] == y[2:]
-        for x, y in zip(a.values(), b.values(), strict=True)
+        all(map(torch.equal, x[:4], y[:4])) and x[4:] == y[4:] for x, y in zip(a.values(), b.values(), strict=True)
     )
 
 
 def test_round_trip(saved):
     one = recorded_tasks(1)[0]
     record = open_record(saved)
-    assert record.identity == identity_of(one) and record.options == RecordOptions(columns=8, exact_limit=0)
+    assert record.identity == identity_of(one) and record.options == RecordOptions(
+        columns=8, exact_limit=0, sampled_tokens=16
+    )
     layers = record.layers()
     assert layers[Target("q")] is layers[Target("v")] and set(layers) == {Target(n) for n in "qkvo"}
     again = saved.with_name("again.ssrrecord")
@@ -48,8 +53,9 @@ def test_round_trip(saved):
 
 def test_three_layers_with_one_input_store_one_factor_in_half_precision(saved):
     stored = load_file(saved)
-    assert len(stored) == 4 and {stored[name].dtype for name in stored if name.endswith("columns")} == {torch.float16}
-    assert saved.stat().st_size < 2 * 60 * sum(len(v) for n, v in stored.items() if "norms" in n) + 6000
+    assert len(stored) == 10 and {stored[name].dtype for name in stored if name.endswith("columns")} == {torch.float16}
+    kept = sum(len(v) for n, v in stored.items() if n.endswith(("norms", "scales")))
+    assert saved.stat().st_size < 2 * 60 * kept + 6000
 
 
 def test_only_what_is_asked_for_is_read(saved, monkeypatch):

@@ -21,6 +21,7 @@ from ssr_core import (
     CalibrationError,
     IncompatibleError,
     RecordOptions,
+    SampleOptions,
     Share,
     SSRMerge,
     Target,
@@ -30,7 +31,7 @@ from ssr_core import (
     record,
 )
 
-EXACT = RecordOptions(columns=8, exact_limit=100)
+EXACT = RecordOptions(columns=8, exact_limit=100, sampled_tokens=32)
 
 
 @pytest.fixture
@@ -47,15 +48,19 @@ def deltas(tasks, calibration):
 def test_exact_records_give_the_calibration_of_all_together(world):
     model, tasks, inputs, folder = world
     shares, _ = record_all(folder, model, tasks, inputs, EXACT)
-    found, truth = from_records(tasks, shares), exact_calibration(model, tasks, inputs)
+    found, truth = from_records(tasks, shares), exact_calibration(model, tasks, inputs, SampleOptions(32))
     assert found.stats.keys() == truth.stats.keys() and found.stack_tasks == truth.stack_tasks
     for target, stats in truth.stats.items():
         mine = found.stats[target]
         assert mine.ranks == stats.ranks and torch.equal(mine.tokens, stats.tokens)
         assert rel(mine.gram, stats.gram) < 2e-3  # half precision on disk
         assert torch.equal(found.signatures[target], truth.signatures[target])
+        for one, other in zip(mine.samples, stats.samples, strict=True):
+            assert rel(one.rows, other.rows) < 1e-3 and float(one.weights.std()) == float(other.weights.std()) == 0
     a, b = deltas(tasks, found), deltas(tasks, truth)
     assert max(rel(a[t], b[t]) for t in b) < 5e-3
+    plain = deltas(tasks, exact_calibration(model, tasks, inputs))
+    assert max(rel(plain[t], b[t]) for t in b) > 2e-2, "the sampled inputs change nothing: the test shows less"
 
 
 def test_the_guide_is_exact_however_small_the_record_is(world):
@@ -104,6 +109,19 @@ def test_prompts_are_reweighted_and_dropped_without_a_pass(world):
     assert rel(both.stats[Target("o")].gram, truth.stats[Target("o")].gram) < 2e-3
 
 
+def test_tokens_of_several_prompts_are_sampled_together(world):
+    model, tasks, _, folder = world
+    tasks = [replace(one, prompts=("a", "b")) for one in tasks]
+    shares, _ = record_all(folder, model, tasks, [[tokens(k), tokens(10 + k)] for k in range(3)], EXACT)
+    weighted = [[mine[0], Share(mine[1].record, 0.5)] for mine in shares]
+    for stats in from_records(tasks, weighted).stats.values():
+        for sample in stats.samples:
+            assert len(sample.rows) == 64 and float(sample.weights.sum()) == pytest.approx(300.0)
+    bare, _ = record_all(folder / "bare", model, tasks[:1], [[tokens(0), tokens(10)]], RecordOptions(sampled_tokens=0))
+    mixed = from_records(tasks, [bare[0], *shares[1:]])
+    assert all(stats.samples is None for stats in mixed.stats.values())
+
+
 def test_zero_weight_leaves_a_prompt_out(world):
     model, tasks, _, folder = world
     tasks = [replace(one, prompts=("a", "b")) for one in tasks]
@@ -142,12 +160,15 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_records_of_other_noise_or_models_are_refused(world, name):
-    model, tasks, inputs, folder = world
-    shares, library = record_all(folder, model, tasks[:1], inputs[:1])
+    model, tasks, _, folder = world
+    _, library = record_all(folder, model, [], [])
+    first = changed(model, library, tasks[0], text_encoder="clip")
     changes, words = REFUSED[name]
     with pytest.raises(IncompatibleError, match=words) as caught:
-        from_records(tasks[:2], [shares[0], changed(model, library, tasks[1], **changes)])
+        from_records(tasks[:2], [first, changed(model, library, tasks[1], **{"text_encoder": "clip"} | changes)])
     assert "lora1" in str(caught.value)
+    given = changed(model, library, tasks[1], text_encoder="")  # a CONDITIONING that needed none
+    from_records(tasks[:2], [first, given])
 
 
 def test_records_of_other_content_prompts_or_conversion_are_refused(world):
