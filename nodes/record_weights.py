@@ -73,4 +73,9 @@ def record_notes(recorded: Recorded, settings: Mapping[str, Any]) -> list[str]:
             f"In {about['small']} of {about['layers']} layers the records keep fewer directions than the LoRAs read; "
             f"columns {about['columns']} would do for all."
         )
+    if about.get("unsampled"):
+        notes.append(
+            f"{about['unsampled']} layers are merged without the correction from sampled inputs, which not all records "
+            "have; set sampled_tokens for all of them."
+        )
     return notes

@@ -59,6 +59,8 @@ class SSRCombineCalibrations(io.ComfyNode):
         sockets = [one for one in calibrations.values() if one is not None]
         socket = updating.combined(sockets, updating.parse_weights(weights, len(sockets)))
         text = pipeline.calibration_report(socket)
+        if updating.lost_samples(socket.calibration, [one.calibration for one in sockets]):
+            text += "\nWarning: not all runs kept sampled inputs, so the sum has none; use the same sampled_tokens.\n"
         return io.NodeOutput(socket, text, ui=ui.PreviewText(text))
 
 

@@ -132,6 +132,12 @@ def combined(
     return pipeline.CalibrationSocket(calibration, _entries_of(calibration, sockets), made.tensors, known)
 
 
+def lost_samples(calibration: Calibration, parts: Sequence[Calibration]) -> bool:
+    """Whether a sum lacks sampled inputs that some of its parts have."""
+    had = any(stats.samples is not None for one in parts for stats in one.stats.values())
+    return had and any(stats.samples is None and stats.complete for stats in calibration.stats.values())
+
+
 def _entries_of(calibration: Calibration, sockets: Sequence[pipeline.CalibrationSocket]) -> LoRAEntries:
     """The LoRAs as linked; none if one of them came from a file, to be found by its content then."""
     linked = {entry.sha256: entry for socket in sockets for entry in socket.entries}

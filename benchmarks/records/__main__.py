@@ -19,10 +19,10 @@ from ssr_core import RecordOptions
 
 from .cost import Block, flux, measure, whole
 from .report import draw, page
-from .ways import CHOSEN, curves
+from .ways import CHOSEN, WAYS, curves, gram_of
 from .world import TOY, Size, World, spectrum
 
-SIZES, TOY_SIZES = (1, 4, 8, 16, 32, 64, 128), (2, 8)
+SIZES, TOY_SIZES = (4, 8, 16, 32, 64, 128), (2, 8)
 CACHE = Path(".cache/records")
 
 
@@ -63,7 +63,8 @@ def main() -> None:
     costs = [measure(kind, block, RecordOptions()) for kind, block in model.items()]
     total = whole(costs)
     found = {
-        "default_error_ratio": default_ratio(rows),
+        "default_error_ratio": world.refined(gram_of(world, WAYS[CHOSEN][0], RecordOptions().columns, True)),
+        "default_error_ratio_unrefined": default_ratio(rows),
         "default_columns": RecordOptions().columns,
         "bytes_per_lora": round(total["bytes"]),
         "seconds_per_lora": total["pass_seconds"] + total["finish_seconds"],

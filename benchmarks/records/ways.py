@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -51,9 +52,15 @@ def nystroem(x: Tensor, c: Tensor, own: Tensor, columns: int, generator: torch.G
     return c @ omega @ (vectors[:, keep] / values[keep].sqrt())
 
 
+@functools.cache
+def _eigh(c: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(c)
+    return values, vectors
+
+
 def best(x: Tensor, c: Tensor, own: Tensor, columns: int, generator: torch.Generator) -> Tensor:
     """The leading eigenvectors: no sketch of this rank is closer to C; needs C itself."""
-    values, vectors = torch.linalg.eigh(c)
+    values, vectors = _eigh(c)
     return vectors[:, -columns:] * values[-columns:].clamp_min(0).sqrt()
 
 

@@ -15,7 +15,8 @@ from benchmarks.quality.case import Case, Sampling, reading
 from benchmarks.quality.world.loras import lora
 from benchmarks.quality.world.pool import subjects
 from benchmarks.quality.world.training import base_model
-from ssr_core import GramStats, SSRMerge
+from ssr_core import GramStats, InputSample, SampleOptions, SSRMerge
+from ssr_core.sampling import TokenSampler
 from ssr_core.stacks import LayerStack
 
 GramOf = Callable[[int, str, Tensor, Tensor], Tensor]
@@ -96,7 +97,31 @@ class World:
     @cached_property
     def exact(self) -> tuple[float, Mapping[str, Tensor]]:
         """Held-out error and routers with the Grams of the tokens themselves."""
-        return self._merge(lambda task, path, rows, own: rows @ self.moments[task][path] @ rows.T)
+        return self._merge(self._true_gram)
+
+    def _true_gram(self, task: int, path: str, rows: Tensor, own: Tensor) -> Tensor:
+        return rows @ self.moments[task][path] @ rows.T
+
+    def refined(self, gram_of: GramOf) -> float:
+        """Held-out error over the exact one's, both with the correction from sampled inputs, as the nodes merge.
+
+        Those of the record are in half precision.
+        """
+        error, _ = self._merge(gram_of, self._samples(half=True))
+        return error / self._merge(self._true_gram, self._samples(half=False))[0]
+
+    def _samples(self, half: bool) -> Mapping[str, tuple[InputSample, ...]]:
+        found = {}
+        for path in self.stacks:
+            kept = []
+            for inputs in self.inputs:
+                sampler = TokenSampler(SampleOptions())
+                sampler.add([inputs[path][None]], torch.ones(len(inputs[path]), dtype=torch.bool))
+                sample = sampler.result()
+                assert sample is not None
+                kept.append(InputSample(sample.rows.half().double(), sample.weights) if half else sample)
+            found[path] = tuple(kept)
+        return found
 
     def judge(self, gram_of: GramOf) -> Found:
         """Merge with other Grams."""
@@ -104,14 +129,17 @@ class World:
         gaps = [float((routers[p] - exact).norm() / exact.norm()) ** 2 for p, exact in self.exact[1].items()]
         return Found(error, math.sqrt(sum(gaps) / len(gaps)))
 
-    def _merge(self, gram_of: GramOf) -> tuple[float, dict[str, Tensor]]:
+    def _merge(
+        self, gram_of: GramOf, samples: Mapping[str, tuple[InputSample, ...]] | None = None
+    ) -> tuple[float, dict[str, Tensor]]:
         errors, routers = [], {}
         for path, stack in self.stacks.items():
             rows, ranks = stack.basis.double(), stack.basis_ranks
             own = rows.split(list(ranks))
             grams = [gram_of(task, path, rows, own[task]) for task in range(len(ranks))]
             counts = torch.tensor([float(len(one[path])) for one in self.inputs], dtype=torch.float64)
-            stats = GramStats(torch.stack(grams), counts, torch.zeros(len(ranks), dtype=torch.int64), ranks)
+            bad = torch.zeros(len(ranks), dtype=torch.int64)
+            stats = GramStats(torch.stack(grams), counts, bad, ranks, None if samples is None else samples[path])
             (answer,) = SSRMerge().merge([stack], [stats], torch.device("cpu"))
             assert answer.view is not None
             routers[path] = answer.view.router

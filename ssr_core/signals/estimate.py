@@ -101,7 +101,8 @@ def from_records(
     stats = {stack.target: _stats(stack, found[stack.target]) for stack in stacks}
     first = next((mine[0] for mine in used if mine), None)
     settings: dict[str, object] = {} if first is None else dict(first.record.identity.settings)
-    settings["records"] = {**missing.settings(), "passes": [_passes(mine) for mine in used]}
+    unsampled = sum(one.samples is None and one.complete for one in stats.values())
+    settings["records"] = {**missing.settings(), "unsampled": unsampled, "passes": [_passes(mine) for mine in used]}
     return Calibration(
         records_of(tasks),
         stats,

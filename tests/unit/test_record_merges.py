@@ -120,6 +120,8 @@ def test_tokens_of_several_prompts_are_sampled_together(world):
     bare, _ = record_all(folder / "bare", model, tasks[:1], [[tokens(0), tokens(10)]], RecordOptions(sampled_tokens=0))
     mixed = from_records(tasks, [bare[0], *shares[1:]])
     assert all(stats.samples is None for stats in mixed.stats.values())
+    assert mixed.settings["records"]["unsampled"] == 4
+    assert from_records(tasks, weighted).settings["records"]["unsampled"] == 0
 
 
 def test_zero_weight_leaves_a_prompt_out(world):
