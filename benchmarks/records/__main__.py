@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ def main() -> None:
         "blocks": costs,
         "spectrum": spectrum(world),
         "world": vars(size),
+        "load": os.getloadavg()[0],
         "machine": describe(torch.device("cpu")),
         "seconds": time.perf_counter() - begin,
     }

@@ -31,9 +31,10 @@ router's guide exact for any LoRAs that come later; the energy that the factors 
 directions. At the default of {columns} columns the held-out error is {plain:.4f} times the exact one's. Those are
 routers alone. With the correction from 128 sampled inputs, which records keep as calibrations do and which the nodes
 use by default, it is {ratio:.4f} times that of a calibration with the same."""
-_COSTS = """FLUX.1's dimensions (d = 3072, MLP 12288, 1024 image and 512 text tokens, rank 32), {columns}
-columns, random inputs; measured on one double and one single block without the model's own arithmetic, and
-multiplied by their number (19 and 38). {machine}"""
+_COSTS = """FLUX.1's dimensions (d = 3072, MLP 12288, 1024 image and 512 text tokens, rank 32), {columns} columns and
+128 sampled inputs of each layer, random inputs; measured on one double and one single block without the model's own
+arithmetic, and multiplied by their number (19 and 38). {machine} Meanwhile
+{load:.0f} processes wanted to run on average."""
 _WHOLE = """For the whole model, by multiplication: {mb:.0f} MB and {seconds:.0f} s a LoRA beside the forward
 pass, {merge:.0f} s for the statistics of two LoRAs (the solve comes on top). `budget_mb` spreads a smaller size
 over the layers."""
@@ -58,7 +59,7 @@ def page(found: dict[str, Any], machine: str) -> str:
     ratios = {"ratio": found["default_error_ratio"], "plain": found["default_error_ratio_unrefined"]}
     lines += _wrapped(_ENGINE.format(columns=found["default_columns"], **ratios))
     lines += ["", *_spectra(found["spectrum"]), "## What it costs", ""]
-    lines += _wrapped(_COSTS.format(columns=found["default_columns"], machine=machine))
+    lines += _wrapped(_COSTS.format(columns=found["default_columns"], machine=machine, load=found["load"]))
     lines += [
         "",
         "| block | number | MB | pass, s | factors and file, s | two LoRAs from records, s |",
