@@ -70,7 +70,8 @@ class World:
         loras = [lora(base, who, cache, size.lora_steps) for who in subjects()[: size.loras]]
         self.case = Case(base, loras, CALIBRATION)
         self._sampling = Sampling(steps=1, used=1, images=size.images)
-        self.inputs, self.held_out = self._inputs(CALIBRATION), self._inputs(HELD_OUT)
+        self.inputs = self._inputs(CALIBRATION)
+        self.held_out = [{path: x.float() for path, x in one.items()} for one in self._inputs(HELD_OUT)]
         acts = [any(float((one[path] @ one[path].T).trace()) > 0 for one in self.case.deltas) for path in self.paths]
         self.stacks: dict[str, LayerStack] = {
             stack.target.module_path: stack
@@ -147,12 +148,21 @@ class World:
         return math.sqrt(sum(errors) / len(errors)), routers
 
     def _error(self, path: str, delta: Tensor) -> float:
-        off = energy = 0.0
+        off = 0.0
         for inputs, deltas in zip(self.held_out, self.case.deltas, strict=True):
-            x, own = inputs[path], deltas[path].double()
-            off += float((x @ (delta - own).T).square().sum()) / len(x)
-            energy += float((x @ own.T).square().sum()) / len(x)
-        return off / energy
+            off += _power(inputs[path], (delta - deltas[path].double()).float())
+        return off / self._energies[path]
+
+    @cached_property
+    def _energies(self) -> dict[str, float]:
+        """What the LoRAs put out on their own held-out tokens."""
+        pairs = list(zip(self.held_out, self.case.deltas, strict=True))
+        return {path: sum(_power(inputs[path], deltas[path]) for inputs, deltas in pairs) for path in self.stacks}
+
+
+def _power(x: Tensor, delta: Tensor) -> float:
+    """Mean square of a layer's output over the tokens x (N, in)."""
+    return float((x @ delta.T).square().sum()) / len(x)
 
 
 def spectrum(world: World, shares: Sequence[float] = (0.9, 0.99)) -> list[dict[str, object]]:
