@@ -119,11 +119,13 @@ class SSRMergeFromRecords(io.ComfyNode):
         check_unsupported(loaded.tasks, solving.unsupported)
         weights = parse_prompt_weights(values.get("prompt_weights", ""), loaded)
         options = recording.recording_options(values)
-        found = recording.obtain(loaded, model, clip, calibration_options(values), options, progress)
+        sampling = calibration_options(values)
+        found = recording.obtain(loaded, model, clip, sampling, options, progress)
         loaded, found = weighted(loaded, found, weights)
         calibration = from_records(
             loaded.tasks, found.shares, small=values["small_records"], tick=lambda done, total: host.check_cancel()
         )
+        calibration = replace(calibration, settings={**sampling.settings(), **calibration.settings})
         merged = pipeline.solve(loaded, model, clip, calibration, solving, progress)
         report = replace(
             merged.report,

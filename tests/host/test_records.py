@@ -2,10 +2,8 @@
 
 import re
 import shutil
-from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from .loras import family_lora
@@ -191,83 +189,3 @@ def test_cancel_while_recording_leaves_no_record(server, base, library):
     server.interrupt()
     assert server.wait(prompt, timeout=60).status == "interrupted"
     assert not library.exists() or list(library.iterdir()) == []
-
-
-# ---------------------------------------------------------------- calibrations that change
-
-
-def calibrations_of(base, prefix):
-    (path,) = Path(base / "output" / "calibrations").glob(f"{prefix}_*.calibration.safetensors")
-    return load_file(path)
-
-
-def test_calibrations_made_apart_add_up(server, base):
-    tasks = loras(base, 2)
-    graph = MergeGraph(server)
-    model, latent = graph.checkpoint(FAMILY), graph.latent(FAMILY)
-    parts = [graph.merge(FAMILY, tasks, "SSRCalibrate", model=model, latent=latent, seed=s) for s in (1, 2)]
-    sockets = {f"calibrations.calibration{i}": part for i, part in enumerate(parts)}
-    whole = graph.pack("SSRCombineCalibrations", {"weights": "1 0.5"} | sockets)
-    for name, node in (("comb_a", parts[0]), ("comb_b", parts[1]), ("comb_sum", whole)):
-        graph.pack("SSRSaveCalibration", calibration=node, filename_prefix=name)
-    graph.save(graph.pack("SSRSolve", model=model, calibration=whole), "comb")
-    text = server.run(graph.prompt).ok().text(whole)
-    assert "rec_flux_0" in text and "rec_flux_1" in text
-    assert len(saved(base, "comb")) > 10
-    a, b, total = (calibrations_of(base, f"comb_{name}") for name in ("a", "b", "sum"))
-    grams = [name for name in total if name.endswith((".gram", ".tokens"))]
-    assert len(grams) > 10
-    for name in grams:
-        assert torch.allclose(total[name].double(), a[name].double() + 0.5 * b[name].double(), rtol=1e-12, atol=1e-12)
-
-
-def test_calibrations_of_other_loras_or_models_are_refused(server, base):
-    tasks = loras(base)
-    graph = MergeGraph(server)
-    parts = [graph.merge(FAMILY, some, "SSRCalibrate") for some in (tasks[:2], tasks[1:])]
-    sockets = {f"calibrations.calibration{i}": part for i, part in enumerate(parts)}
-    graph.pack("SSRSaveCalibration", calibration=graph.pack("SSRCombineCalibrations", sockets), filename_prefix="no")
-    error = server.run(graph.prompt).error
-    assert "rec_flux_0.safetensors is only in the first" in error
-    assert "rec_flux_2.safetensors is only in number 2" in error
-
-
-def test_loras_leave_and_join_a_calibration(server, base, library):
-    tasks = loras(base)
-    graph = MergeGraph(server)
-    model, latent = graph.checkpoint(FAMILY), graph.latent(FAMILY)
-    run(server, "SSRRecord", tasks[:2], exact_limit=4096)[0].ok()
-    made = graph.merge(FAMILY, tasks[:2], "SSRCalibrate", model=model, latent=latent)
-    left = graph.pack("SSREditCalibration", calibration=made, drop="1")
-    joined = graph.pack(
-        "SSREditCalibration",
-        {"loras.lora0": graph.lora(FAMILY, tasks[2])},
-        calibration=made,
-        drop="rec_flux_0",
-        model=model,
-        latent=latent,
-        exact_limit=4096,
-    )
-    graph.add("PreviewAny", source=left.out(1))
-    solved = graph.pack("SSRSolve", model=model, calibration=joined)
-    graph.save(solved, "rec_joined")
-    result = server.run(graph.prompt).ok()
-    assert counts(result.text(joined)) == (1, 1)
-    assert "No pass was run." in result.text(left) and "rec_flux_0" not in result.text(left)
-    run(server, "SSRMerge", tasks[1:], "rec_whole")[0].ok()
-    assert distance(saved(base, "rec_joined"), saved(base, "rec_whole")) < 0.02
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"drop": "3"}, "the calibration has no LoRA '3'"),
-        ({"drop": "1\n2"}, "cannot be kept"),
-        ({"drop": "rec"}, "write a number or a name of: 1 rec_flux_0.safetensors"),
-    ],
-)
-def test_edits_that_make_no_sense_are_refused(server, base, options, words):
-    graph = MergeGraph(server)
-    made = graph.merge(FAMILY, loras(base, 2), "SSRCalibrate")
-    graph.add("PreviewAny", source=graph.pack("SSREditCalibration", calibration=made, **options).out(1))
-    assert words in server.run(graph.prompt).error
