@@ -24,6 +24,7 @@ from .ways import CHOSEN, WAYS, curves, gram_of
 from .world import TOY, Size, World, spectrum
 
 SIZES, TOY_SIZES = (4, 8, 16, 32, 64, 128), (2, 8)
+SAMPLES = (32, 64, 128, 256)
 CACHE = Path(".cache/records")
 
 
@@ -60,11 +61,15 @@ def main() -> None:
     world = World(size, options.cache / "toy" if options.toy else options.cache)
     begin = time.perf_counter()
     rows = curves(world, TOY_SIZES if options.toy else SIZES)
+    default = gram_of(world, WAYS[CHOSEN][0], RecordOptions().columns, True)
+    refined = {str(tokens): world.refined(default, tokens) for tokens in SAMPLES}
     model: dict[str, Block] = flux(96 if options.toy else 3072)
     costs = [measure(kind, block, RecordOptions()) for kind, block in model.items()]
     total = whole(costs)
     found = {
-        "default_error_ratio": world.refined(gram_of(world, WAYS[CHOSEN][0], RecordOptions().columns, True)),
+        "default_error_ratio": refined[str(RecordOptions().sampled_tokens)],
+        "error_ratio_by_sampled_tokens": refined,
+        "default_sampled_tokens": RecordOptions().sampled_tokens,
         "default_error_ratio_unrefined": default_ratio(rows),
         "default_columns": RecordOptions().columns,
         "bytes_per_lora": round(total["bytes"]),

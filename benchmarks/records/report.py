@@ -29,10 +29,11 @@ in half precision."""
 _ENGINE = """The engine's way (bold) keeps 8 columns more than the number above it: the LoRA's own rows. They make the
 router's guide exact for any LoRAs that come later; the energy that the factors lack is spread evenly over the other
 directions. At the default of {columns} columns the held-out error is {plain:.4f} times the exact one's. Those are
-routers alone. With the correction from 128 sampled inputs, which records keep as calibrations do and which the nodes
-use by default, it is {ratio:.4f} times that of a calibration with the same."""
+routers alone. The nodes also correct by sampled inputs. Against a calibration that keeps the default number of
+them, records of {columns} columns with {tokens} sampled inputs of each layer come to {ratio:.4f} (the default); by
+number: {by}."""
 _COSTS = """FLUX.1's dimensions (d = 3072, MLP 12288, 1024 image and 512 text tokens, rank 32), {columns} columns and
-128 sampled inputs of each layer, random inputs; measured on one double and one single block without the model's own
+{tokens} sampled inputs of each layer, random inputs; measured on one double and one single block without the model's own
 arithmetic, and multiplied by their number (19 and 38). {machine} Meanwhile
 {load:.0f} processes wanted to run on average."""
 _WHOLE = """For the whole model, by multiplication: {mb:.0f} MB and {seconds:.0f} s a LoRA beside the forward
@@ -57,9 +58,18 @@ def page(found: dict[str, Any], machine: str) -> str:
         lines.append(f"| {'**' + name + '**' if name == CHOSEN else name} | " + " | ".join(cells) + " |")
     lines += ["", "![error over size](records.png)", ""]
     ratios = {"ratio": found["default_error_ratio"], "plain": found["default_error_ratio_unrefined"]}
+    ratios["tokens"] = found["default_sampled_tokens"]
+    ratios["by"] = ", ".join(f"{n}: {ratio:.3f}" for n, ratio in found["error_ratio_by_sampled_tokens"].items())
     lines += _wrapped(_ENGINE.format(columns=found["default_columns"], **ratios))
     lines += ["", *_spectra(found["spectrum"]), "## What it costs", ""]
-    lines += _wrapped(_COSTS.format(columns=found["default_columns"], machine=machine, load=found["load"]))
+    lines += _wrapped(
+        _COSTS.format(
+            columns=found["default_columns"],
+            machine=machine,
+            load=found["load"],
+            tokens=found["default_sampled_tokens"],
+        )
+    )
     lines += [
         "",
         "| block | number | MB | pass, s | factors and file, s | two LoRAs from records, s |",

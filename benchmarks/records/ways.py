@@ -117,6 +117,7 @@ def curves(world: World, sizes: tuple[int, ...]) -> list[dict[str, object]]:
     for name, (make, even) in WAYS.items():
         for columns in sizes:
             found = world.judge(partial(gram_of(world, make, columns, even)))
+            print(f"{name}, {columns} columns", flush=True)
             ratio = found.error / world.exact[0]
             rows.append({"way": name, "columns": columns, "error_ratio": ratio, "router_error": found.router})
     return rows

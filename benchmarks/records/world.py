@@ -103,20 +103,25 @@ class World:
     def _true_gram(self, task: int, path: str, rows: Tensor, own: Tensor) -> Tensor:
         return rows @ self.moments[task][path] @ rows.T
 
-    def refined(self, gram_of: GramOf) -> float:
+    @cached_property
+    def _exact_refined(self) -> float:
+        return self._merge(self._true_gram, self._samples(SampleOptions().tokens, half=False))[0]
+
+    def refined(self, gram_of: GramOf, tokens: int) -> float:
         """Held-out error over the exact one's, both with the correction from sampled inputs, as the nodes merge.
 
-        Those of the record are in half precision.
+        Args:
+            gram_of: From records.
+            tokens: Sampled inputs in the records, in half precision; the exact route has the default number.
         """
-        error, _ = self._merge(gram_of, self._samples(half=True))
-        return error / self._merge(self._true_gram, self._samples(half=False))[0]
+        return self._merge(gram_of, self._samples(tokens, half=True))[0] / self._exact_refined
 
-    def _samples(self, half: bool) -> Mapping[str, tuple[InputSample, ...]]:
+    def _samples(self, tokens: int, half: bool) -> Mapping[str, tuple[InputSample, ...]]:
         found = {}
         for path in self.stacks:
             kept = []
             for inputs in self.inputs:
-                sampler = TokenSampler(SampleOptions())
+                sampler = TokenSampler(SampleOptions(tokens))
                 sampler.add([inputs[path][None]], torch.ones(len(inputs[path]), dtype=torch.bool))
                 sample = sampler.result()
                 assert sample is not None

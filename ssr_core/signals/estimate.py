@@ -20,7 +20,7 @@ from ..gram import GramStats
 from ..input_hooks import whole_module
 from ..records import records_of
 from ..router import block_slices
-from ..sampling import InputSample, joined
+from ..sampling import InputSample, SampleOptions, joined, thinned
 from ..stacks import LayerStack, Task, build_stacks
 from ..targets import Target
 from .factor import InputFactor
@@ -161,8 +161,9 @@ def _stats(stack: LayerStack, sums: Sequence[_Sum]) -> GramStats:
         grams.append(sum((one.gram for one in mine), start=empty))
         tokens.append(sum(one.tokens for one in mine))
         bad.append(sum(one.nonfinite for one in mine))
-        if mine and all(one.sample is not None for one in mine):
-            samples.append(joined([one.sample for one in mine if one.sample is not None]))
+        kept = [one.sample for one in mine if one.sample is not None]
+        if kept and len(kept) == len(mine):
+            samples.append(_together(kept, len(stack.blocks)))
     return GramStats(
         torch.stack(grams),
         torch.tensor(tokens, dtype=torch.float64),
@@ -170,6 +171,15 @@ def _stats(stack: LayerStack, sums: Sequence[_Sum]) -> GramStats:
         stack.basis_ranks,
         tuple(samples) if len(samples) == len(stack.tasks) else None,
     )
+
+
+def _together(kept: Sequence[tuple[InputSample, float]], loras: int) -> InputSample:
+    """The sampled inputs of one LoRA's passes, as many as one calibration of so many LoRAs would have kept."""
+    parts = []
+    for sample, weight in kept:
+        allowed = SampleOptions(len(sample.rows)).shared_by(loras).tokens
+        parts.append((thinned(sample, max(1, allowed // len(kept))), weight))
+    return joined(parts)
 
 
 def _check(tasks: Sequence[Task], shares: Sequence[Sequence[Share]]) -> None:

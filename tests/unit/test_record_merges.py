@@ -116,7 +116,7 @@ def test_tokens_of_several_prompts_are_sampled_together(world):
     weighted = [[mine[0], Share(mine[1].record, 0.5)] for mine in shares]
     for stats in from_records(tasks, weighted).stats.values():
         for sample in stats.samples:
-            assert len(sample.rows) == 64 and float(sample.weights.sum()) == pytest.approx(300.0)
+            assert len(sample.rows) == 32 and float(sample.weights.sum()) == pytest.approx(300.0)
     bare, _ = record_all(folder / "bare", model, tasks[:1], [[tokens(0), tokens(10)]], RecordOptions(sampled_tokens=0))
     mixed = from_records(tasks, [bare[0], *shares[1:]])
     assert all(stats.samples is None for stats in mixed.stats.values())

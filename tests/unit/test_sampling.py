@@ -140,3 +140,17 @@ def test_drawing_never_waits_for_the_device():
     assert len(sampler.result().rows) == 4
     with pytest.raises(AssertionError), NoLooking():
         sampler.result()
+
+
+def test_a_thinned_sample_is_the_smaller_sample_that_would_have_been_drawn():
+    x, usable = randn(7, 1, 300, 4), torch.ones(300, dtype=torch.bool)
+
+    def drawn(tokens):
+        sampler = TokenSampler(SampleOptions(tokens))
+        sampler.add([x], usable)
+        return sampler.result()
+
+    small, cut = drawn(20), thinned(drawn(50), 20)
+    assert torch.equal(cut.rows, small.rows) and float(cut.weights.std()) == 0
+    assert float(cut.weights.sum()) == pytest.approx(float(drawn(50).weights.sum()))
+    assert thinned(small, 20) is small
