@@ -33,9 +33,9 @@ routers alone. The nodes also correct by sampled inputs. Against a calibration t
 them, records of {columns} columns with {tokens} sampled inputs of each layer come to {ratio:.4f} (the default); by
 number: {by}."""
 _COSTS = """FLUX.1's dimensions (d = 3072, MLP 12288, 1024 image and 512 text tokens, rank 32), {columns} columns and
-{tokens} sampled inputs of each layer, random inputs; measured on one double and one single block without the model's own
-arithmetic, and multiplied by their number (19 and 38). {machine} Meanwhile
-{load:.0f} processes wanted to run on average."""
+{tokens} sampled inputs of each layer, random inputs; measured on one double and one single block without the model's
+own arithmetic, and multiplied by their number (19 and 38). {machine} Meanwhile {load:.0f} processes wanted to run on
+average."""
 _WHOLE = """For the whole model, by multiplication: {mb:.0f} MB and {seconds:.0f} s a LoRA beside the forward
 pass, {merge:.0f} s for the statistics of two LoRAs (the solve comes on top). `budget_mb` spreads a smaller size
 over the layers."""
@@ -62,14 +62,8 @@ def page(found: dict[str, Any], machine: str) -> str:
     ratios["by"] = ", ".join(f"{n}: {ratio:.3f}" for n, ratio in found["error_ratio_by_sampled_tokens"].items())
     lines += _wrapped(_ENGINE.format(columns=found["default_columns"], **ratios))
     lines += ["", *_spectra(found["spectrum"]), "## What it costs", ""]
-    lines += _wrapped(
-        _COSTS.format(
-            columns=found["default_columns"],
-            machine=machine,
-            load=found["load"],
-            tokens=found["default_sampled_tokens"],
-        )
-    )
+    about = {"columns": found["default_columns"], "tokens": found["default_sampled_tokens"], "load": found["load"]}
+    lines += _wrapped(_COSTS.format(machine=machine, **about))
     lines += [
         "",
         "| block | number | MB | pass, s | factors and file, s | two LoRAs from records, s |",

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssr_core import SampleOptions, Target, TextRows, build_stacks
 from ssr_core.calibration import Calibrator
-from ssr_core.sampling import TokenSampler
+from ssr_core.sampling import TokenSampler, thinned
 
 IN, OUT, RANK, K = 14, 9, 2, 3
 
