@@ -110,7 +110,7 @@ def _spectra(rows: list[Row]) -> list[str]:
 def draw(rows: list[Row], default: int, path: Path) -> None:
     """Both errors over the number of columns."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2))
-    for (name, colour), style in zip(zip(WAYS, _COLOURS, strict=True), ("-", "--") * 4, strict=True):
+    for (name, colour), style in zip(zip(WAYS, _COLOURS, strict=True), ("--", "-") * 4, strict=True):
         mine = [row for row in rows if row["way"] == name]
         x = [row["columns"] for row in mine]
         wide = 2.4 if name == CHOSEN else 1.1
@@ -121,7 +121,7 @@ def draw(rows: list[Row], default: int, path: Path) -> None:
             x, [row["router_error"] for row in mine], style, color=colour, lw=wide, marker="o", ms=3, label=name
         )
     axes[0].axhline(0.02, color="k", ls=":", lw=0.8)
-    axes[0].text(1, 0.021, "2 %", fontsize=8)
+    axes[0].text(min(row["columns"] for row in rows), 0.0215, "2 %", fontsize=8)
     for one in axes:
         one.axvline(default, color="k", ls=":", lw=0.8)
         one.set(xscale="log", yscale="log", xlabel="columns kept of each layer's input")
