@@ -11,8 +11,8 @@ from .merge_nodes import SSRCalibrate, SSRMergeNode, SSRSolve
 from .nplora_node import SSRNPLoRAMerge
 from .osrm_init_node import SSROSRMInit
 from .osrm_refit_node import SSROSRMRefit
-from .report_node import SSRReport
 from .record_nodes import SSRMergeFromRecords, SSRRecord
+from .report_node import SSRReport
 from .storage_nodes import SSRLoadCalibration, SSRSaveCalibration, SSRSaveLoRA
 from .update_nodes import SSRCombineCalibrations, SSREditCalibration
 

@@ -8,8 +8,8 @@ from .adapters import RESTS, Adapter, Conversion, ConvertOptions, DenseGroup, Ke
 from .advice import prompt_warnings
 from .calibration import Calibration, Calibrator, assemble
 from .calibration_io import load_calibration, save_calibration
-from .compare import Comparison, compare
 from .combining import combine
+from .compare import Comparison, compare
 from .conversion import Converted, convert, converted_groups
 from .emit import KEY_STYLES, KeyStyle, change_tensors, to_tensors
 from .errors import (

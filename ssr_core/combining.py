@@ -16,6 +16,7 @@ from .calibration import SAME_BASIS, Calibration
 from .errors import IncompatibleError
 from .files import json_text
 from .gram import GramStats
+from .heldout import HeldOut
 from .records import TaskRecord
 from .sampling import InputSample, joined
 from .targets import Target
@@ -35,7 +36,10 @@ def scaled(stats: GramStats, weight: float) -> GramStats:
         samples = tuple(
             joined([(one, mass / float(one.weights.sum()))]) for one, mass in zip(stats.samples, masses, strict=True)
         )
-    return replace(stats, gram=weight * stats.gram.double(), tokens=weight * stats.tokens, samples=samples)
+    held = stats.held
+    if held is not None:
+        held = HeldOut(weight * held.packed.double(), weight * held.tokens)
+    return replace(stats, gram=weight * stats.gram.double(), tokens=weight * stats.tokens, samples=samples, held=held)
 
 
 def combine(calibrations: Sequence[Calibration], weights: Sequence[float] | None = None) -> Calibration:
@@ -138,7 +142,17 @@ def _sum(parts: Sequence[GramStats], target: Target) -> GramStats:
         tokens=torch.stack([one.tokens for one in parts]).sum(dim=0),
         nonfinite=torch.stack([one.nonfinite for one in parts]).sum(dim=0),
         samples=_samples(parts),
+        held=_held(parts),
     )
+
+
+def _held(parts: Sequence[GramStats]) -> HeldOut | None:
+    """What all runs held out; None where one held out nothing, for then nobody knows which of its tokens fitted."""
+    kept = [one.held for one in parts if one.held is not None]
+    if len(kept) < len(parts):
+        return None
+    grams, tokens = torch.stack([one.packed for one in kept]), torch.stack([one.tokens for one in kept])
+    return HeldOut(grams.sum(dim=0), tokens.sum(dim=0))
 
 
 def _samples(parts: Sequence[GramStats]) -> tuple[InputSample, ...] | None:

@@ -104,7 +104,7 @@ class InputHook:
         self.state, self.layer, self.family, self.matrices = state, layer, family, matrices
         self.path = layer.target.module_path
         self.own: MomentsAccumulator | None = None
-        self.sampler = None if matrices.sample is None else TokenSampler(matrices.sample)
+        self.sampler = None if matrices.sample is None else TokenSampler(matrices.sample, held_out=0)
         self.own_calls = 0
         self.shared: Counter[InputHook] = Counter()
 

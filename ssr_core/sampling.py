@@ -73,8 +73,8 @@ def thinned(sample: InputSample, tokens: int) -> InputSample:
     """The first tokens of a sample, which are those of highest priority, standing for all of it."""
     if len(sample.rows) <= tokens:
         return sample
-    kept = sample.weights[:tokens]
-    return InputSample(sample.rows[:tokens], kept * (sample.weights.sum() / kept.sum()))
+    kept, held = sample.weights[:tokens], None if sample.held is None else sample.held[:tokens]
+    return InputSample(sample.rows[:tokens], kept * (sample.weights.sum() / kept.sum()), held)
 
 
 def joined(parts: Sequence[tuple[InputSample, float]]) -> InputSample:
@@ -84,12 +84,14 @@ def joined(parts: Sequence[tuple[InputSample, float]]) -> InputSample:
     """
     if len(parts) == 1:
         ((only, weight),) = parts
-        return InputSample(only.rows, weight * only.weights)
+        return replace(only, weights=weight * only.weights)
     dtype = functools.reduce(torch.promote_types, [sample.rows.dtype for sample, _ in parts])
     rows = torch.cat([sample.rows.to(dtype) for sample, _ in parts])
     weights = torch.cat([weight * sample.weights for sample, weight in parts])
+    flags = [sample.held for sample, _ in parts if sample.held is not None]
     order = (rows.double() @ torch.arange(1, rows.shape[1] + 1, dtype=torch.float64).sqrt()).argsort(stable=True)
-    return InputSample(rows[order], weights[order])
+    held = torch.cat(flags)[order] if len(flags) == len(parts) else None
+    return InputSample(rows[order], weights[order], held)
 
 
 class TokenSampler:

@@ -32,7 +32,6 @@ MADE_HERE = (
     "SSRReport",
     "SSRCompare",
 )
-MADE_HERE = ("SSRMerge", "SSRCalibrate", "SSRSolve", "SSRNPLoRAMerge", "SSRLoRA", "SSROSRMInit", "SSROSRMRefit")
 MADE_HERE += ("SSRMergeFromRecords", "SSRRecordLibrary", "SSRCombineCalibrations")
 
 if not Path("/usr/bin/chromium").exists():

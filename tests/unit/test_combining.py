@@ -141,6 +141,16 @@ def test_sampled_inputs_stay_with_their_runs_and_weights(tmp_path):
             assert len(x.rows) == 32 and rel(x.weights.sum(), torch.tensor(200.0 + 3 * 200)) < 1e-6
             assert rel(x.rows.T * x.weights @ x.rows, both.T * weights @ both) < 1e-12
             assert torch.equal(loaded.stats[target].samples[k].rows, x.rows)
+        apart, whole_held = [one.stats[target].held_out() for one in runs], stats.held_out()
+        assert rel(whole_held.gram, apart[0].gram + 3 * apart[1].gram) < 1e-12
+        assert rel(whole_held.tokens, apart[0].tokens + 3 * apart[1].tokens) < 1e-12
+        fitted = [one.stats[target].fitted() for one in runs]
+        assert rel(stats.fitted().gram, fitted[0].gram + 3 * fitted[1].gram) < 1e-12
+        assert [len(one.rows) for one in stats.fitted().samples] == [
+            sum(len(one.samples[k].rows) for one in fitted) for k in range(2)
+        ]
+    unheld = replace(runs[1], stats={t: replace(s, held=None) for t, s in runs[1].stats.items()})
+    assert all(stats.held is None for stats in combine([runs[0], unheld]).stats.values())
     mixed = combine([runs[0], replace(runs[1], stats={t: replace(s, samples=None) for t, s in runs[1].stats.items()})])
     assert all(stats.samples is None for stats in mixed.stats.values())
 
