@@ -8,7 +8,8 @@ from comfy_api.latest import io, ui
 
 from ..ssr_core import MomentOptions, init_markdown
 from . import host, osrm_init
-from .inputs import CATEGORY, calibration_inputs, features_input, moment_inputs, optional_calibration_inputs
+from .inputs import CATEGORY, calibration_inputs, optional_calibration_inputs
+from .moment_inputs import features_input, moment_inputs
 from .options import DTYPES, calibration_options, moment_options
 
 

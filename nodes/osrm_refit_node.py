@@ -14,12 +14,11 @@ from .inputs import (
     LORA_MODEL,
     SSR_LORA,
     calibration_inputs,
-    features_input,
     lora_sockets,
-    moment_inputs,
     optional_calibration_inputs,
 )
 from .loading import load
+from .moment_inputs import features_input, moment_inputs
 from .options import calibration_options, moment_options
 
 _REFIT = RefitOptions()
