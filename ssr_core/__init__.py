@@ -9,6 +9,8 @@ from .advice import prompt_warnings
 from .calibration import Calibration, Calibrator, assemble
 from .calibration_io import load_calibration, save_calibration
 from .compare import Comparison, compare
+from .compression import LIMITS, CompressOptions, Limit, compress, plain_bytes
+from .compression_report import CompressedLayer, CompressionReport
 from .conversion import Converted, convert, converted_groups
 from .emit import KEY_STYLES, KeyStyle, change_tensors, to_tensors
 from .errors import (
@@ -66,6 +68,9 @@ __all__ = [
     "CalibrationError",
     "Calibrator",
     "Comparison",
+    "CompressOptions",
+    "CompressedLayer",
+    "CompressionReport",
     "Conversion",
     "ConvertOptions",
     "Converted",
@@ -93,8 +98,10 @@ __all__ = [
     "KeyRecord",
     "KeyStyle",
     "KeyTarget",
+    "LIMITS",
     "LayerReport",
     "LayerStack",
+    "Limit",
     "LoRALayer",
     "METHODS",
     "MOMENTS_REMEDY",
@@ -134,6 +141,7 @@ __all__ = [
     "check_memory",
     "check_unsupported",
     "compare",
+    "compress",
     "content_hash",
     "convert",
     "converted_groups",
@@ -148,6 +156,7 @@ __all__ = [
     "osrm_init",
     "osrm_refit",
     "parse_method",
+    "plain_bytes",
     "prompt_warnings",
     "read_adapter",
     "read_safetensors",

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 
 from .errors import IncompatibleError
 
+Gain = tuple[float, ...]
+"""What one more rank removes: of the error that counts, then of the one that decides where the first is equal."""
 
-def allocate(gains: Sequence[Sequence[float]], costs: Sequence[int], budget: int) -> list[int]:
+
+def allocate(gains: Sequence[Sequence[Gain]], costs: Sequence[int], budget: int) -> list[int]:
     """Ranks that remove as much error as a budget allows.
 
     Greedy by gain per byte. A layer's gains fall, so that the steps taken are the best ones of all by
@@ -34,7 +37,7 @@ def allocate(gains: Sequence[Sequence[float]], costs: Sequence[int], budget: int
             f"rank 1 in every layer takes {sum(costs) / 1e6:.3f} MB, the budget leaves {budget / 1e6:.3f} MB.",
             remedy=f"allow at least {sum(costs) / 1e6:.3f} MB more than biases and norms take.",
         )
-    heap = [(-layer[1] / costs[at], at) for at, layer in enumerate(gains) if len(layer) > 1]
+    heap = [(_worth(layer[1], costs[at]), at) for at, layer in enumerate(gains) if len(layer) > 1]
     heapq.heapify(heap)
     while heap:
         _, at = heapq.heappop(heap)
@@ -43,5 +46,10 @@ def allocate(gains: Sequence[Sequence[float]], costs: Sequence[int], budget: int
         ranks[at] += 1
         left -= costs[at]
         if ranks[at] < len(gains[at]):
-            heapq.heappush(heap, (-gains[at][ranks[at]] / costs[at], at))
+            heapq.heappush(heap, (_worth(gains[at][ranks[at]], costs[at]), at))
     return ranks
+
+
+def _worth(gain: Gain, cost: int) -> Gain:
+    """Order of a step in a heap, whose smallest comes first."""
+    return tuple(-value / cost for value in gain)
