@@ -12,7 +12,7 @@ from .compare import Comparison, compare
 from .compression import LIMITS, CompressOptions, Limit, compress, plain_bytes
 from .compression_report import CompressedLayer, CompressionReport
 from .conversion import Converted, convert, converted_groups
-from .emit import KEY_STYLES, KeyStyle, change_tensors, to_tensors
+from .emit import KEY_STYLES, KeyStyle, bytes_per_rank, change_tensors, to_tensors
 from .errors import (
     CalibrationError,
     FileError,
@@ -32,6 +32,7 @@ from .memory import MOMENTS_REMEDY, MemoryNeed, check_memory, memory_need, momen
 from .merge import MergeResult, check_unsupported, describe, merge
 from .metadata import merge_metadata
 from .method_lines import parse_method
+from .metadata import merge_metadata, with_recipe
 from .methods import (
     DIRECTIONS,
     METHODS,
@@ -136,6 +137,7 @@ __all__ = [
     "assemble",
     "atomic_path",
     "build_stacks",
+    "bytes_per_rank",
     "calibrate",
     "change_tensors",
     "check_memory",
@@ -166,5 +168,6 @@ __all__ = [
     "tensors_hash",
     "to_tensors",
     "whole_module",
+    "with_recipe",
     "write_safetensors",
 ]

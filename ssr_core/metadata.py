@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
@@ -64,3 +65,9 @@ def merge_metadata(
         "modelspec.title": title,
         "modelspec.description": f"SSR-Merge {VERSION}, {describe(method)}",
     }
+
+
+def with_recipe(metadata: Mapping[str, str], more: Mapping[str, object]) -> dict[str, str]:
+    """Metadata whose recipe has further values."""
+    recipe = json.loads(metadata[KEY])
+    return {**metadata, KEY: json_text({**recipe, **more})}
