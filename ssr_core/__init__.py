@@ -26,6 +26,7 @@ from .forward import ForwardLoRA
 from .gram import GramStats
 from .headless import calibrate
 from .heldout import HELD_OUT, HeldOut
+from .headless import calibrate, calibrate_sharded
 from .input_hooks import InputLayer, SharingError, input_layers, whole_module
 from .input_taps import InputCollector, InputTap
 from .memory import MOMENTS_REMEDY, MemoryNeed, check_memory, memory_need, moments_need
@@ -51,6 +52,9 @@ from .osrm_layer import REFIT_MODES, RefitMode, RefitOptions
 from .osrm_refit import RefitResult, osrm_refit, refit_markdown
 from .padding import PaddingMode, TextRows
 from .parse import read_adapter
+from .ranks import Ranks, joined
+from .recipe import Recipe, Source, parse_recipe, read_recipe
+from .recipe_schema import SCHEMA
 from .records import TaskRecord, records_of
 from .report import FileAccount, LayerReport, MergeReport
 from .router import ANCHORS, Anchor
@@ -118,15 +122,19 @@ __all__ = [
     "Part",
     "REFIT_MODES",
     "RESTS",
+    "Ranks",
+    "Recipe",
     "RefitMode",
     "RefitOptions",
     "RefitResult",
     "Rest",
+    "SCHEMA",
     "SSRMerge",
     "SSRMergeError",
     "SampleOptions",
     "SharingError",
     "SolveError",
+    "Source",
     "SumMerge",
     "Tap",
     "Target",
@@ -139,6 +147,7 @@ __all__ = [
     "build_stacks",
     "bytes_per_rank",
     "calibrate",
+    "calibrate_sharded",
     "change_tensors",
     "check_memory",
     "check_unsupported",
@@ -150,6 +159,7 @@ __all__ = [
     "describe",
     "init_markdown",
     "input_layers",
+    "joined",
     "load_calibration",
     "memory_need",
     "merge",
@@ -158,9 +168,11 @@ __all__ = [
     "osrm_init",
     "osrm_refit",
     "parse_method",
+    "parse_recipe",
     "plain_bytes",
     "prompt_warnings",
     "read_adapter",
+    "read_recipe",
     "read_safetensors",
     "records_of",
     "refit_markdown",

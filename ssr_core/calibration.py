@@ -13,6 +13,7 @@ from .errors import CalibrationError, IncompatibleError
 from .gram import GramAccumulator, GramStats
 from .heldout import HELD_OUT, HeldOut
 from .padding import PaddingMode
+from .ranks import Ranks
 from .records import TaskRecord, records_of
 from .sampling import InputSample, SampleOptions
 from .stacks import LayerStack, Task
@@ -225,9 +226,11 @@ def assemble(
     *,
     model: str = "",
     settings: Mapping[str, object] | None = None,
+    ranks: Ranks | None = None,
 ) -> Calibration:
-    """The calibration that the calibrators of all parts have gathered."""
+    """The calibration that the calibrators of all parts have gathered, on all processes."""
     stats = {target: one for calibrator in calibrators for target, one in calibrator.result().items()}
+    stats = (ranks or Ranks()).combined(stats)
     stacks = {stack.target: stack for calibrator in calibrators for stack in calibrator.stacks}
     return Calibration(
         records_of(tasks),

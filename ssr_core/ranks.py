@@ -1,0 +1,132 @@
+"""Processes that share the calibration passes: each runs some, the statistics are summed over all.
+
+Statistics are sums over tokens (SSR-Merge, section 3.2), so LoRAs and prompts can be run anywhere. The
+steps of one sampling cannot: each starts from what the one before it gave.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import CalibrationError
+from .gram import GramStats
+from .targets import Target
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that calibrate together; the default is one process alone.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        size: How many there are.
+        device: Where sums are exchanged: the CPU over gloo, a GPU over nccl.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"
+
+    def shares(self, counts: Sequence[int]) -> list[list[int]]:
+        """Which passes this process runs: they are dealt out in turn over all LoRAs and prompts.
+
+        Args:
+            counts: Number of passes of each LoRA.
+
+        Returns:
+            For each LoRA the numbers of its passes.
+        """
+        shares, at = [], 0
+        for count in counts:
+            shares.append([i for i in range(count) if (at + i) % self.size == self.rank])
+            at += count
+        return shares
+
+    def combined(self, stats: Mapping[Target, GramStats]) -> dict[Target, GramStats]:
+        """The sum of all processes' statistics, on each of them.
+
+        Args:
+            stats: What this process gathered, for every stack; zeros where it ran nothing.
+
+        Raises:
+            CalibrationError: A process was lost, or has other LoRAs.
+        """
+        if self.size == 1:
+            return dict(stats)
+        order = sorted(stats, key=str)
+        self._agree(order, stats)
+        # A process that ran nothing of a layer does not know how wide the others' Grams are.
+        wide = self._sum(torch.tensor([float(stats[t].gram.dtype == torch.float64) for t in order]))
+        return {
+            target: self._summed(stats[target], torch.float64 if float(one) else torch.float32)
+            for target, one in zip(order, wide, strict=True)
+        }
+
+    def _summed(self, stats: GramStats, dtype: torch.dtype) -> GramStats:
+        """One layer's sums; readers are the same everywhere."""
+        summed: dict[str, Any] = {}
+        for one in fields(stats):
+            value = getattr(stats, one.name)
+            if isinstance(value, Tensor) and one.name != "readers":
+                summed[one.name] = self._sum(value).to(dtype if one.name == "gram" else value.dtype)
+        return replace(stats, **summed)
+
+    def _agree(self, order: Sequence[Target], stats: Mapping[Target, GramStats]) -> None:
+        described = ";".join(f"{target}{stats[target].ranks}{tuple(stats[target].gram.shape)}" for target in order)
+        every = torch.zeros(self.size, dtype=torch.float64)
+        every[self.rank] = float(zlib.crc32(described.encode()))
+        if len(set(self._sum(every).tolist())) > 1:
+            raise CalibrationError(
+                f"process {self.rank} of {self.size} has other LoRAs or layers than the others.",
+                remedy="give every process the same recipe, files and model.",
+            )
+
+    def _sum(self, value: Tensor) -> Tensor:
+        """Sum over processes, in float64, on the CPU."""
+        total = value.to(self.device, torch.float64, copy=True).contiguous()
+        try:
+            dist.all_reduce(total)
+        except (RuntimeError, ValueError) as err:
+            raise CalibrationError(
+                f"process {self.rank} of {self.size} lost another one before its statistics arrived "
+                f"({str(err).splitlines()[0]}). Nothing was written.",
+                remedy="look for that process's own message, and start all of them again.",
+            ) from err
+        return total.cpu()
+
+
+@contextmanager
+def joined(patience: timedelta = timedelta(minutes=30)) -> Iterator[Ranks]:
+    """This process among those that torchrun started (by the variables that it sets); alone without it.
+
+    Args:
+        patience: How long to wait for the others' statistics.
+
+    Raises:
+        CalibrationError: The others were not found.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield Ranks()
+        return
+    cuda = torch.cuda.is_available()
+    try:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
+    except (RuntimeError, ValueError) as err:
+        raise CalibrationError(
+            f"the other processes were not found ({str(err).splitlines()[0]}).",
+            remedy="start the command with torchrun, and look for messages of the other processes.",
+        ) from err
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), "cuda" if cuda else "cpu")
+    finally:
+        dist.destroy_process_group()
