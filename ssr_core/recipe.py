@@ -135,10 +135,11 @@ def parse_recipe(value: Any, name: str, *, recorded: bool = False) -> Recipe:
     hidden = [one.name for one in sources if any(CONDITIONING in prompt for prompt in one.prompts)]
     if hidden and settings is not None:
         raise _refused(name, [f"{hidden[0]} was calibrated with a CONDITIONING, whose content is not in the file"])
-    if settings is not None and settings.get("custom_latent") and not settings.get("latent_empty", False):
+    if recorded and settings is not None and settings.get("custom_latent") and settings.get("latent_fill") is None:
         raise _refused(
-            name, ["it was calibrated on a LATENT that is not empty, or not known to be: it is not in the file"]
+            name, ["it was calibrated on a LATENT with content, or not known to be empty; the file lacks it"]
         )
+
     compress = value.get("compress")
     try:
         options = None if compress is None else CompressOptions(**compress)
