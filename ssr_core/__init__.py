@@ -1,7 +1,7 @@
 """SSR-Merge's engine: adapter files -> stacks -> taps -> Grams -> router -> merged adapter -> report.
 
-Needs torch, safetensors and numpy; never imports ComfyUI. The README's "Headless" section shows the
-few calls that a merge takes.
+Needs torch, safetensors and numpy; never imports ComfyUI. The README's section "The engine without
+ComfyUI" shows the few calls that a merge takes.
 """
 
 from .adapters import RESTS, Adapter, Conversion, ConvertOptions, DenseGroup, KeyRecord, LoRALayer, Rest

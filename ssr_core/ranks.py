@@ -67,19 +67,15 @@ class Ranks:
         self._agree(order, stats)
         # A process that ran nothing of a layer does not know how wide the others' Grams are.
         wide = self._sum(torch.tensor([float(stats[t].gram.dtype == torch.float64) for t in order]))
-        return {
-            target: self._summed(stats[target], torch.float64 if float(one) else torch.float32)
-            for target, one in zip(order, wide, strict=True)
-        }
-
-    def _summed(self, stats: GramStats, dtype: torch.dtype) -> GramStats:
-        """One layer's sums; readers are the same everywhere."""
-        summed: dict[str, Any] = {}
-        for one in fields(stats):
-            value = getattr(stats, one.name)
-            if isinstance(value, Tensor) and one.name != "readers":
-                summed[one.name] = self._sum(value).to(dtype if one.name == "gram" else value.dtype)
-        return replace(stats, **summed)
+        double = {target for target, one in zip(order, wide.tolist(), strict=True) if one}
+        found: dict[Target, dict[str, Any]] = {target: {} for target in order}
+        for bucket in _buckets(order, stats):
+            total = self._sum(torch.cat([value.flatten().double() for _, _, value in bucket]))
+            parts = total.split([value.numel() for _, _, value in bucket])
+            for (target, name, value), part in zip(bucket, parts, strict=True):
+                dtype = torch.float64 if target in double else torch.float32
+                found[target][name] = part.view_as(value).to(dtype if name == "gram" else value.dtype)
+        return {target: replace(stats[target], **found[target]) for target in order}
 
     def _agree(self, order: Sequence[Target], stats: Mapping[Target, GramStats]) -> None:
         described = ";".join(f"{target}{stats[target].ranks}{tuple(stats[target].gram.shape)}" for target in order)
@@ -103,6 +99,30 @@ class Ranks:
                 remedy="look for that process's own message, and start all of them again.",
             ) from err
         return total.cpu()
+
+
+_BUCKET = 1 << 23
+"""Numbers exchanged at once: a message for each layer would mostly wait."""
+
+_Entry = tuple[Target, str, Tensor]
+
+
+def _buckets(order: Sequence[Target], stats: Mapping[Target, GramStats]) -> Iterator[list[_Entry]]:
+    """All tensors that are sums over tokens, in messages of a bounded size; readers are the same everywhere."""
+    bucket: list[_Entry] = []
+    size = 0
+    for target in order:
+        for one in fields(stats[target]):
+            value = getattr(stats[target], one.name)
+            if not isinstance(value, Tensor) or one.name == "readers":
+                continue
+            if bucket and size + value.numel() > _BUCKET:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append((target, one.name, value))
+            size += value.numel()
+    if bucket:
+        yield bucket
 
 
 @contextmanager

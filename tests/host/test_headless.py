@@ -211,7 +211,7 @@ def without(values, path):
     ("change", "code", "words"),
     [
         (lambda r: r["sources"][0].update(name="absent.safetensors"), 1, ("absent.safetensors", "no loras folder")),
-        (lambda r: r["sources"][0].update(sha256="0" * 64), 1, ("no LoRA file of this name", "What to do")),
+        (lambda r: r["sources"][0].update(sha256="0" * 64), 1, ("headless_80", "not that of the recipe", "What to do")),
         (lambda r: r["model"]["graph"]["u"]["inputs"].update(unet_name="nix.safetensors"), 1, ("nix.safetensors",)),
         (lambda r: r["model"].update(custom_nodes=["nowhere"]), 1, ("nowhere", "custom_nodes")),
         (lambda r: r["sources"][0].update(promts=["x"]), 2, ("sources[0].promts", "did you mean prompts?")),
