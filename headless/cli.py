@@ -105,11 +105,14 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def _one_gpu_each() -> None:
     """Under torchrun every process has a GPU of its own; to be said before torch is imported."""
-    if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        local = int(os.environ["LOCAL_RANK"])
-        mine = visible.split(",")[local : local + 1] if "," in visible else [str(local)]
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+    if "LOCAL_RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return
+    local, visible = int(os.environ["LOCAL_RANK"]), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(local)
+    elif visible:
+        devices = visible.split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[local % len(devices)]
 
 
 def _who() -> str:
@@ -138,18 +141,19 @@ def _run(given: argparse.Namespace, host_options: Sequence[str]) -> int:
         }
         named = {name: value for name, value in overrides.items() if value is not None}
         recipe = replace(recipe, model=named) if named else recipe
+        if given.check:
+            _say("the recipe is right.")
+            return OK
         checkout = installation.find(given.comfyui)
     except SSRMergeError as err:
         _say(str(err))
         return MISUSED
-    if given.check:
-        _say("the recipe is right.")
-        return OK
     try:
         started = installation.start(checkout, host_options)
         from . import work
 
-        with _bar(started, shown=first and not given.quiet), joined() as ranks:
+        gpu = None if "--cpu" not in host_options else False
+        with _bar(started, shown=first and not given.quiet), joined(gpu) as ranks:
             wanted = work.Wanted(given.output, given.overwrite, given.save_calibration, given.recipe.absolute().parent)
             path, remarks = work.carry_out(recipe, wanted, ranks)
         for remark in (*recipe.remarks, *remarks) if first else ():

@@ -101,6 +101,8 @@ class Ranks:
         return total.cpu()
 
 
+PATIENCE = timedelta(minutes=30)
+
 _BUCKET = 1 << 23
 """Numbers exchanged at once: a message for each layer would mostly wait."""
 
@@ -126,10 +128,11 @@ def _buckets(order: Sequence[Target], stats: Mapping[Target, GramStats]) -> Iter
 
 
 @contextmanager
-def joined(patience: timedelta = timedelta(minutes=30)) -> Iterator[Ranks]:
+def joined(gpu: bool | None = None, patience: timedelta = PATIENCE) -> Iterator[Ranks]:
     """This process among those that torchrun started (by the variables that it sets); alone without it.
 
     Args:
+        gpu: Exchange sums by nccl, not gloo; None: where there is a GPU.
         patience: How long to wait for the others' statistics.
 
     Raises:
@@ -138,7 +141,7 @@ def joined(patience: timedelta = timedelta(minutes=30)) -> Iterator[Ranks]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield Ranks()
         return
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() if gpu is None else gpu
     try:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
     except (RuntimeError, ValueError) as err:
