@@ -20,6 +20,7 @@ from ..ssr_core import (
     FileError,
     Ranks,
     Recipe,
+    SampleOptions,
     Source,
     TaskRecord,
     atomic_path,
@@ -39,6 +40,7 @@ DEFAULTS: Mapping[str, Any] = {
     "scheduler": "simple",
     "padding": "balance",
     "memory_budget_gb": 0.0,
+    "sampled_tokens": SampleOptions().tokens,
 }
 """As in SSR Merge."""
 

@@ -55,16 +55,18 @@ def calibrate(
         CalibrationError: A pass failed, or a LoRA has neither prompt nor CONDITIONING.
         MemoryBudgetError: The statistics would not fit.
     """
-    stacks = build_stacks(loaded.tasks)
+    stacks, ranks = build_stacks(loaded.tasks), ranks or Ranks()
     shared = any(len(stack.blocks) > 1 for stack in stacks)
-    held_out = _held_out_within_budget(stacks, model, options) if shared else HELD_OUT
+    # memory may be short for one process alone: all of them have to keep the same
+    held_out = ranks.least(_held_out_within_budget(stacks, model, options) if shared else HELD_OUT)
     parts = [
         Calibrator([s for s in stacks if s.target.part == part], options.padding, options.sample, held_out)
         for part in ("model", "clip")
     ]
     settings = {**options.settings(), "held_out": held_out}
     if shared:
-        shares = (ranks or Ranks()).shares([count_passes(entry) for entry in loaded.entries])
+        counts = [count_passes(entry) for entry in loaded.entries]
+        shares = ranks.shares(counts, whole=options.sample is not None)
         passes = Passes(loaded, model, clip, options, progress, shares)
         for index in range(len(loaded.tasks)):
             passes.run(index, *parts)

@@ -166,7 +166,9 @@ def _seen(
     if seen is None:
         return None, "the layer never ran in calibration for one of its LoRAs"
     outside = seen.coordinates(layer.down.to(seen.rows))[1]
-    if outside > FOREIGN:
+    if outside <= FOREIGN:
+        return replace(seen, tokens=None), ""  # exact without them
+    if seen.tokens is None:
         return None, f"{outside:.0%} of what the layer reads lies outside the directions that calibration watched"
     return seen, ""
 

@@ -5,10 +5,14 @@ where P holds the first p left-singular vectors of `up down X` (Eckart and Young
 inverse, so X may be of any rank). With `up = Q T` and `(down x)(down x)^T` summed to `W W^T` they are
 `Q` times those of `T W`: nothing larger than R x R is factorised, and the inputs X are never seen, only
 their Gram in the coordinates that calibration kept.
+
+What a refined down reads beside those coordinates (`refinement`) is estimated: its regression on them
+over the sampled tokens goes with the exact Gram, and what the regression leaves over with the sample.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +21,16 @@ from torch import Tensor
 from .adapters import LoRALayer
 from .canonical import balance
 from .gram import GramStats
+from .refinement import weighted_tokens
 from .router import correlation, pooled
+from .sampling import InputSample
 from .stacks import LayerStack
 
 FOREIGN = 0.02
 """Share of a merged down outside the rows that calibration watched, above which its statistics do not speak of it."""
+
+REGRESSION_RIDGE = 1e-6
+"""Of the regression on sampled tokens, as a fraction of the mean energy of a coordinate."""
 
 _NOISE = 4.0
 """Eigenvalues of a Gram below this many roundings of its largest one are noise."""
@@ -32,14 +41,29 @@ class Watched:
     """Inputs of a layer as calibration saw them.
 
     Attributes:
-        rows: (n, in): the stack's coordinates and its readers, float64.
+        rows: (n, in): the stack's coordinates, float64.
         root: (n, m), float64: `root @ root.T` is the Gram of `rows @ x`, summed over tasks.
         level: Mean energy of one coordinate.
+        tokens: (N, in), sampled inputs, weighted as in `root`; None where none are needed.
     """
 
     rows: Tensor
     root: Tensor
     level: float
+    tokens: Tensor | None = None
+
+    def outputs(self, down: Tensor) -> Tensor:
+        """(r, m'): a square root of the second moments of `down @ x`, its columns the same for every down."""
+        inside, _ = self.coordinates(down)
+        if self.tokens is None:
+            found: Tensor = inside @ self.root
+            return found
+        signals = self.rows @ self.tokens.T
+        rest = (down - inside @ self.rows) @ self.tokens.T
+        kernel = signals @ signals.T
+        kernel.diagonal().add_(REGRESSION_RIDGE * kernel.diagonal().mean())
+        slope = torch.linalg.solve(kernel, signals @ rest.T).T
+        return torch.cat([(inside + slope) @ self.root, rest - slope @ signals], dim=1)
 
     def coordinates(self, down: Tensor) -> tuple[Tensor, float]:
         """`down = c @ rows`, by least squares.
@@ -68,15 +92,23 @@ def watched(stack: LayerStack, stats: GramStats, device: torch.device, balanced:
     if not stats.complete or stats.gram.shape[1] == 0:
         return None
     rows = stack.basis.to(device, torch.float64)
-    if stats.readers is not None:
-        rows = torch.cat([rows, stats.readers.to(rows)])
     gram = correlation(pooled(stats.gram.to(device, torch.float64), stats.tokens.to(device), balanced))
     values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
     keep = values > _NOISE * torch.finfo(stats.gram.dtype).eps * values[-1]
     if not bool(values[-1] > 0) or not bool(torch.isfinite(values).all()):
         return None
     root = vectors[:, keep] * values[keep].sqrt()
-    return Watched(rows, root, float(gram.diagonal().mean()))
+    tokens = None if stats.samples is None else _tokens(stats.samples, stats.tokens, balanced, rows)
+    return Watched(rows, root, float(gram.diagonal().mean()), tokens)
+
+
+def _tokens(samples: Sequence[InputSample], tokens: Tensor, balanced: bool, like: Tensor) -> Tensor:
+    """(N, in): sampled inputs whose tasks weigh as in `pooled`."""
+    found, sizes = weighted_tokens(samples, like)
+    if balanced:
+        return found
+    share = (tokens / tokens.sum()).sqrt().to(like)
+    return found * share.repeat_interleave(torch.tensor(sizes, device=like.device))[:, None]
 
 
 @dataclass(frozen=True)
@@ -142,7 +174,7 @@ def output_directions(layer: LoRALayer, seen: Watched | None, device: torch.devi
     if seen is None:
         metric = plain
     else:
-        metric = t @ seen.coordinates(down)[0] @ seen.root
+        metric = t @ seen.outputs(down)
         if ridge > 0:
             metric = torch.cat([metric, (ridge * seen.level) ** 0.5 * plain], dim=1)
     left, sizes, _ = torch.linalg.svd(metric, full_matrices=False)
@@ -163,11 +195,11 @@ def output_directions(layer: LoRALayer, seen: Watched | None, device: torch.devi
 def saved_error(layer: LoRALayer, small: LoRALayer, seen: Watched) -> float:
     """Relative error on calibrated outputs of factors as they are stored, their rounding included.
 
-    What rounding adds outside the rows that calibration watched is not in it.
+    What rounding adds outside the rows that calibration watched is in it only where tokens were sampled.
     """
     down, up = layer.down.to(seen.rows), layer.up.to(seen.rows) * layer.scale
     new_down, new_up = small.down.to(seen.rows), small.up.to(seen.rows) * small.scale
-    whole, other = seen.coordinates(down)[0] @ seen.root, seen.coordinates(new_down)[0] @ seen.root
+    whole, other = seen.outputs(down), seen.outputs(new_down)
     left = torch.cat([up, -new_up], dim=1)
     right = torch.cat([whole, other])
     energy = float((whole * (up.T @ up @ whole)).sum())

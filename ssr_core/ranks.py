@@ -20,7 +20,13 @@ from torch import Tensor
 
 from .errors import CalibrationError
 from .gram import GramStats
+from .sampling import InputSample
 from .targets import Target
+
+Sampled = tuple[str, int]
+"""Module path and task of a sample."""
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -37,15 +43,23 @@ class Ranks:
     size: int = 1
     device: str = "cpu"
 
-    def shares(self, counts: Sequence[int]) -> list[list[int]]:
-        """Which passes this process runs: they are dealt out in turn over all LoRAs and prompts.
+    def shares(self, counts: Sequence[int], whole: bool = False) -> list[list[int]]:
+        """Which passes this process runs.
 
         Args:
             counts: Number of passes of each LoRA.
+            whole: Run all passes of a LoRA in one process, the longest LoRAs dealt out first: its samples
+                are then those of one process alone. Else passes are dealt out in turn over all LoRAs.
 
         Returns:
             For each LoRA the numbers of its passes.
         """
+        if whole:
+            loads, owner = [0] * self.size, {}
+            for index in sorted(range(len(counts)), key=lambda i: -counts[i]):
+                owner[index] = loads.index(min(loads))
+                loads[owner[index]] += counts[index]
+            return [list(range(count)) if owner[i] == self.rank else [] for i, count in enumerate(counts)]
         shares, at = [], 0
         for count in counts:
             shares.append([i for i in range(count) if (at + i) % self.size == self.rank])
@@ -76,6 +90,33 @@ class Ranks:
                 dtype = torch.float64 if target in double else torch.float32
                 found[target][name] = part.view_as(value).to(dtype if name == "gram" else value.dtype)
         return {target: replace(stats[target], **found[target]) for target in order}
+
+    def gathered(self, samples: Mapping[Sampled, InputSample], keys: Sequence[Sampled]) -> dict[Sampled, InputSample]:
+        """All processes' samples, on each of them.
+
+        Args:
+            samples: Those of this process; each sample is on one process only.
+            keys: Layer and task of all samples that may exist, the same on every process.
+
+        Raises:
+            CalibrationError: A process was lost.
+        """
+        if self.size == 1:
+            return dict(samples)
+        shapes = torch.zeros(len(keys), 3)
+        for row, key in zip(shapes, keys, strict=True):
+            if key in samples:
+                row[:] = torch.tensor([*samples[key].rows.shape, DTYPES.index(samples[key].rows.dtype)])
+        found = {}
+        for key, (count, width, kind) in zip(keys, self._sum(shapes).long().tolist(), strict=True):
+            if count == 0:
+                continue
+            block = torch.zeros(count, width + 1, dtype=torch.float64)
+            if key in samples:
+                block = torch.cat([samples[key].rows.double().cpu(), samples[key].weights.cpu()[:, None]], dim=1)
+            total = self._sum(block)  # the others' zeros change no bit
+            found[key] = InputSample(total[:, :width].to(DTYPES[kind]), total[:, width].clone())
+        return found
 
     def _agree(self, order: Sequence[Target], stats: Mapping[Target, GramStats]) -> None:
         described = ";".join(f"{target}{stats[target].ranks}{tuple(stats[target].gram.shape)}" for target in order)
@@ -110,13 +151,13 @@ _Entry = tuple[Target, str, Tensor]
 
 
 def _buckets(order: Sequence[Target], stats: Mapping[Target, GramStats]) -> Iterator[list[_Entry]]:
-    """All tensors that are sums over tokens, in messages of a bounded size; readers are the same everywhere."""
+    """All tensors that are sums over tokens, in messages of a bounded size."""
     bucket: list[_Entry] = []
     size = 0
     for target in order:
         for one in fields(stats[target]):
             value = getattr(stats[target], one.name)
-            if not isinstance(value, Tensor) or one.name == "readers":
+            if not isinstance(value, Tensor):
                 continue
             if bucket and size + value.numel() > _BUCKET:
                 yield bucket

@@ -130,6 +130,8 @@ def parse_recipe(value: Any, name: str, *, recorded: bool = False) -> Recipe:
     method = _method(value.get("method", "ssr"), value.get("parameters", {}), name)
     calibration = value.get("calibration", {} if method.needs_calibration else None)
     settings = None if calibration is None else calibration.get("settings", {})
+    if recorded and settings is not None:
+        settings = {"sampled_tokens": 0, **settings}  # the first release kept none and did not say so
     strengths = (calibration or {}).get("strengths", [])
     sources = tuple(_source(one, index, strengths, value["sources"]) for index, one in enumerate(value["sources"]))
     hidden = [one.name for one in sources if any(CONDITIONING in prompt for prompt in one.prompts)]

@@ -66,6 +66,7 @@ _SETTINGS = _object(
         "frames": {"type": "integer", "minimum": 1},
         "scheduler": _TEXT,
         "padding": {"enum": list(get_args(PaddingMode))},
+        "sampled_tokens": {"type": "integer", "minimum": 0, "description": "Whole inputs kept; 0 for none."},
         "memory_budget_gb": {"type": "number", "minimum": 0},
         "sigmas": {
             "type": "array",

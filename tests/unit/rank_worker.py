@@ -1,6 +1,6 @@
 """One process of a calibration that several share; started by test_ranks.py, and nothing else.
 
-python rank_worker.py <folder for the answer> [lost]
+python rank_worker.py <folder for the answer> [lost] [sample]
 """
 
 import os
@@ -19,6 +19,7 @@ from demo.loras import SIGMA, noise, plant_loras, weight_of  # noqa: E402
 from demo.model import StubTransformer  # noqa: E402
 from ssr_core import (  # noqa: E402
     LoRALayer,
+    SampleOptions,
     SSRMerge,
     SSRMergeError,
     Target,
@@ -47,14 +48,14 @@ def world():
     return model, [task(f"t{i}", one, prompts=PROMPTS[i]) for i, one in enumerate(layers)]
 
 
-def calibration_of(ranks, before=lambda: None):
+def calibration_of(ranks, before=lambda: None, sample=None):
     model, tasks = world()
 
     def run(index, prompt, tap):
         before()
         model(noise(7).double(), SIGMA, [tasks[index].prompts[prompt]])
 
-    return tasks, calibrate_sharded(model, tasks, build_stacks(tasks), run, ranks)
+    return tasks, calibrate_sharded(model, tasks, build_stacks(tasks), run, ranks, sample=sample)
 
 
 def main():
@@ -67,7 +68,7 @@ def main():
 
     try:
         with joined() as ranks:
-            tasks, calibration = calibration_of(ranks, leave)
+            tasks, calibration = calibration_of(ranks, leave, SampleOptions(8) if "sample" in sys.argv else None)
             result = merge(tasks, SSRMerge(), calibration)
             assert result.layers
             save_calibration(calibration, folder / f"rank{ranks.rank}.safetensors")

@@ -9,13 +9,12 @@ from torch import nn
 
 from ssr_core import (
     METHODS,
-    Calibrator,
     CompressOptions,
     IncompatibleError,
     NPLoRAMerge,
+    SampleOptions,
     SSRMerge,
     Target,
-    assemble,
     build_stacks,
     calibrate,
     compress,
@@ -133,26 +132,40 @@ def test_nothing_cut_off_leaves_the_very_tensors():
     assert report.bytes_after == report.bytes_before and report.layers[0].error == 0
 
 
-def test_readers_are_inputs_like_the_others():
-    """A router that reads beside the LoRAs' rows: the Gram is wider, the error still the smallest."""
-    tasks, x, _, _ = world()
-    own = torch.linalg.svd(build_stacks(tasks)[0].basis, full_matrices=False).Vh
-    outside = randn(77, 5, INP)
-    readers = torch.linalg.qr((outside - outside @ own.T @ own).T).Q.T.contiguous()
-    calibrator = Calibrator(build_stacks(tasks), readers={LAYER: readers})
-    module = linear64(INP, OUT)
-    for index, tokens in enumerate(x):
-        with calibrator.task(index) as tap, tap.attached(nn.ModuleDict({"layer": module})):
-            module(tokens)
-    calibration = assemble(tasks, [calibrator])
-    assert calibration.stats[LAYER].reader_rows == 5
+def refined(tokens, kept, seed=0):
+    """A merge whose downs read beside the LoRAs' rows, and the inputs."""
+    tasks = conflicting_tasks(2, OUT, 60, 3, seed=seed)
+    x = [task_tokens(7 + k + 10 * seed, tokens, 60) for k in range(2)]
+    calibration = calibrated(linear64(60, OUT), tasks, [[one] for one in x], sample=SampleOptions(kept))
     result = merge(tasks, SSRMerge(), calibration)
-    for rank in (2, 5):
-        small, report = compress(result, CompressOptions("rank", rank), tasks, calibration)
-        delta, inputs = result.layers[LAYER].delta(), balanced(x)
-        assert report.layers[0].measured_on == "outputs"
-        found = rel(small.layers[LAYER].delta() @ inputs, delta @ inputs)
-        assert found == pytest.approx(truncated_outputs(delta, inputs, rank), rel=1e-6)
+    own = torch.linalg.svd(build_stacks(tasks)[0].basis, full_matrices=False).Vh
+    down = result.layers[LAYER].down
+    assert rel(down @ own.T @ own, down) > 0.02
+    return tasks, x, calibration, result
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_refined_downs_where_every_token_was_kept(rank):
+    """Sampled tokens then are the calibrated inputs: the error is the smallest there is on them."""
+    tasks, x, calibration, result = refined(90, 200)
+    small, report = compress(result, CompressOptions("rank", rank), tasks, calibration)
+    delta, inputs = result.layers[LAYER].delta(), balanced(x)
+    assert report.layers[0].measured_on == "outputs"
+    best = truncated_outputs(delta, inputs, rank)
+    assert rel(small.layers[LAYER].delta() @ inputs, delta @ inputs) == pytest.approx(best, rel=1e-4)
+    assert report.layers[0].error == pytest.approx(best, rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_refined_downs_from_a_sample_stay_better_than_the_plain_svd(seed):
+    tasks, x, calibration, result = refined(400, 40, seed)
+    delta, inputs = result.layers[LAYER].delta() @ balanced(x), balanced(x)
+    for rank in range(1, 6):
+        ours, report = compress(result, CompressOptions("rank", rank), tasks, calibration)
+        plain, _ = compress(result, CompressOptions("rank", rank))
+        errors = [rel(one.layers[LAYER].delta() @ inputs, delta) for one in (ours, plain)]
+        assert errors[0] < errors[1]
+        assert report.layers[0].error == pytest.approx(errors[0], rel=0.1)
 
 
 def test_convolutions_and_slices():

@@ -11,7 +11,7 @@ import torch
 from helpers import rel
 from rank_worker import PROMPTS, calibration_of
 
-from ssr_core import CalibrationError, GramStats, Ranks, SSRMerge, Target, load_calibration, merge
+from ssr_core import CalibrationError, GramStats, Ranks, SampleOptions, SSRMerge, Target, load_calibration, merge
 
 WORKER = Path(__file__).with_name("rank_worker.py")
 
@@ -33,17 +33,12 @@ def start(size, folder, *more):
     ]
 
 
-@pytest.fixture(scope="module")
-def alone():
-    return calibration_of(Ranks())
-
-
-@pytest.mark.parametrize("size", [2, 4])
-def test_many_processes_equal_one(size, alone, tmp_path):
-    running = start(size, tmp_path)
+@pytest.mark.parametrize(("size", "more"), [(2, ()), (4, ()), (2, ("sample",))])
+def test_many_processes_equal_one(size, more, tmp_path):
+    running = start(size, tmp_path, *more)
     messages = [process.communicate(timeout=240)[1] for process in running]
     assert [process.returncode for process in running] == [0] * size, messages
-    tasks, expected = alone
+    tasks, expected = calibration_of(Ranks(), sample=SampleOptions(8) if more else None)
     merged = merge(tasks, SSRMerge(), expected)
     for rank in range(size):
         found = load_calibration(tmp_path / f"rank{rank}.safetensors")
@@ -53,6 +48,9 @@ def test_many_processes_equal_one(size, alone, tmp_path):
             assert rel(found.stats[target].gram, stats.gram) < 1e-10
             assert torch.equal(found.stats[target].tokens, stats.tokens)
             assert torch.equal(found.stats[target].nonfinite, stats.nonfinite)
+            assert (stats.samples is None) == (found.stats[target].samples is None) == (more == ())
+            for one, other in zip(stats.samples or (), found.stats[target].samples or (), strict=True):
+                assert torch.equal(one.rows, other.rows) and torch.equal(one.weights, other.weights)
         again = merge(tasks, SSRMerge(), found)
         for target, layer in merged.layers.items():
             assert rel(again.layers[target].delta(), layer.delta()) < 1e-10
@@ -69,13 +67,16 @@ def test_a_lost_process_is_an_error_on_all_and_no_file(tmp_path):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_every_pass_has_one_process_and_the_loads_are_even(size):
+@pytest.mark.parametrize("whole", [False, True])
+def test_every_pass_has_one_process_and_the_loads_are_even(size, whole):
     counts = [len(prompts) for prompts in PROMPTS] + [0, 4]
-    dealt = [Ranks(rank, size).shares(counts) for rank in range(size)]
+    dealt = [Ranks(rank, size).shares(counts, whole) for rank in range(size)]
     for index, count in enumerate(counts):
         assert sorted(i for shares in dealt for i in shares[index]) == list(range(count))
     loads = [sum(map(len, shares)) for shares in dealt]
-    assert max(loads) - min(loads) <= 1
+    assert max(loads) - min(loads) <= (max(counts) if whole else 1)
+    if whole:
+        assert all(len(shares[i]) in (0, count) for shares in dealt for i, count in enumerate(counts))
 
 
 def test_other_layers_than_the_others_are_refused(monkeypatch):

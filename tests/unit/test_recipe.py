@@ -53,7 +53,7 @@ def test_metadata_reads_back_as_the_same_merge(method, tmp_path):
         assert (source.name, source.sha256, source.prompts) == (task.name, task.adapter.fingerprint, task.prompts)
         assert (source.strength_model, source.strength_clip) == (task.strength_model, task.strength_clip)
         assert source.calibrated_at == (1.0, 1.0)
-    assert recipe.settings == calibration.settings and recipe.remarks == ()
+    assert recipe.settings == {"sampled_tokens": 0, **calibration.settings} and recipe.remarks == ()
 
 
 def test_strengths_of_calibration_follow_the_lora_and_not_its_place():
@@ -98,7 +98,12 @@ def test_files_of_the_first_release_are_read():
     }
     recipe = parse_recipe(old, "old", recorded=True)
     assert recipe.sources[0].calibrated_at == (0.9, 0.4) and recipe.sources[0].convert.max_rank == 0
-    assert recipe.method == SSRMerge() and recipe.settings == settings and recipe.model == {} and recipe.remarks == ()
+    assert (
+        recipe.method == SSRMerge()
+        and recipe.settings == {"sampled_tokens": 0, **settings}
+        and recipe.model == {}
+        and recipe.remarks == ()
+    )
 
 
 def test_what_a_later_version_wrote_is_said_and_left_out():
