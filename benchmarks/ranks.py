@@ -170,17 +170,16 @@ def page(found: dict[str, Any]) -> str:
         "",
         "![Time over processes](ranks.png)",
         "",
-        "The wall clock shows that load. The CPU time of the busiest process",
-        "is what remains on a machine with a free core for each.",
+        "The wall clock shows that load; the CPU time of the busiest process is what remains where each has a free core.",
         "",
-        "| processes | CPU seconds of the busiest | ideal | wall clock, median | wall clock, all runs |",
+        "| processes | CPU seconds of the busiest | ideal | wall seconds, median | all runs |",
         "|---|---|---|---|---|",
     ]
     for row in rows:
         every = ", ".join(f"{one:.2f}" for one in row["all"])
-        lines.append(
-            f"| {row['processes']} | {row['seconds']:.2f} | {rows[0]['seconds'] / row['processes']:.2f} | {every} |"
-        )
+        ideal = rows[0]["cpu_seconds"] / row["processes"]
+        cells = (row["processes"], *(f"{value:.2f}" for value in (row["cpu_seconds"], ideal, row["seconds"])), every)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
