@@ -170,7 +170,7 @@ def page(found: dict[str, Any]) -> str:
         "",
         "![Time over processes](ranks.png)",
         "",
-        "The wall clock shows that load; the CPU time of the busiest process is what remains where each has a free core.",
+        "The wall clock shows that load; CPU time of the busiest process is what remains where each has a free core.",
         "",
         "| processes | CPU seconds of the busiest | ideal | wall seconds, median | all runs |",
         "|---|---|---|---|---|",
