@@ -30,14 +30,12 @@ def command(checkout, base, arguments, **more):
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
     launcher = more.pop("launcher", [sys.executable])
-    full = [*launcher, str(PACK / "headless"), *map(str, arguments), "--comfyui", str(checkout), "--"]
-    return subprocess.Popen(
-        [*full, "--cpu", "--base-directory", str(base)],
-        env=env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    full = [*launcher, str(PACK / "headless"), *map(str, arguments), "--comfyui", str(checkout)]
+    full += ["--", "--cpu", "--base-directory", str(base)]
+    # A shell has its background jobs, and so a test run among them, ignore Ctrl-C.
+    hear = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(full, env=env, text=True, preexec_fn=hear, **pipes)
 
 
 def run(checkout, base, *arguments, **more):
