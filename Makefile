@@ -4,9 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-images test lint test-host compatibility bench-padding bench-batching bench-conversion bench-quantised bench-speed bench-quality bench-smoke clean help
-.PHONY: demo test lint test-host compatibility bench-padding bench-batching bench-conversion bench-compression bench-quantised bench-speed bench-quality bench-smoke clean help
-.PHONY: demo test lint test-host compatibility bench-padding bench-batching bench-conversion bench-compression bench-ranks bench-quantised bench-speed bench-quality bench-smoke clean help
+.PHONY: demo demo-images test lint test-host compatibility bench-padding bench-batching bench-conversion bench-quantised bench-speed bench-quality bench-smoke clean help bench-compression bench-ranks
 
 help:
 	@echo "make demo                            merge three small LoRAs, results in demo_output/"

@@ -24,16 +24,14 @@ from .errors import (
 from .files import atomic_path, content_hash, read_safetensors, tensors_hash, write_safetensors
 from .forward import ForwardLoRA
 from .gram import GramStats
-from .headless import calibrate
-from .heldout import HELD_OUT, HeldOut
 from .headless import calibrate, calibrate_sharded
+from .heldout import HELD_OUT, HeldOut
 from .input_hooks import InputLayer, SharingError, input_layers, whole_module
 from .input_taps import InputCollector, InputTap
 from .memory import MOMENTS_REMEDY, MemoryNeed, check_memory, memory_need, moments_need
 from .merge import MergeResult, check_unsupported, describe, merge
-from .metadata import merge_metadata
-from .method_lines import parse_method
 from .metadata import merge_metadata, with_recipe
+from .method_lines import parse_method
 from .methods import (
     DIRECTIONS,
     METHODS,

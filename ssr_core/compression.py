@@ -14,7 +14,8 @@ from .allocation import allocate
 from .calibration import Calibration
 from .compression_report import CompressedLayer, CompressionReport
 from .errors import IncompatibleError
-from .merge import MergeResult, Statistics, cast
+from .lookup import Statistics
+from .merge import MergeResult, cast
 from .methods import SumMerge
 from .output_directions import FOREIGN, OutputDirections, Watched, output_directions, saved_error, watched
 from .stacks import LayerStack, Task, build_stacks

@@ -62,6 +62,7 @@ def calibrate_sharded(
     *,
     padding: PaddingMode = "balance",
     sample: SampleOptions | None = None,
+    held_out: int = HELD_OUT,
 ) -> Calibration:
     """As `calibrate`, with the passes dealt out over processes; every process gets the whole calibration.
 
@@ -73,11 +74,12 @@ def calibrate_sharded(
         ranks: This process among the others.
         padding: How padded text tokens count.
         sample: As in `calibrate`; the prompts of a LoRA are then run by one process.
+        held_out: As in `calibrate`; which tokens these are depends on where a LoRA's prompts are run.
 
     Raises:
         CalibrationError: A pass reached no layer, or a process was lost.
     """
-    calibrator = Calibrator(stacks, padding, sample)
+    calibrator = Calibrator(stacks, padding, sample, held_out)
     for index, share in enumerate(ranks.shares([len(task.prompts) for task in tasks], whole=sample is not None)):
         if share:
             with calibrator.task(index) as tap, tap.attached(root):

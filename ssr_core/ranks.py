@@ -10,9 +10,8 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from .errors import CalibrationError
 from .gram import GramStats
+from .heldout import HeldOut
 from .sampling import InputSample
 from .targets import Target
 
@@ -82,14 +82,24 @@ class Ranks:
         # A process that ran nothing of a layer does not know how wide the others' Grams are.
         wide = self._sum(torch.tensor([float(stats[t].gram.dtype == torch.float64) for t in order]))
         double = {target for target, one in zip(order, wide.tolist(), strict=True) if one}
-        found: dict[Target, dict[str, Any]] = {target: {} for target in order}
+        found: dict[Target, dict[str, Tensor]] = {target: {} for target in order}
         for bucket in _buckets(order, stats):
             total = self._sum(torch.cat([value.flatten().double() for _, _, value in bucket]))
             parts = total.split([value.numel() for _, _, value in bucket])
             for (target, name, value), part in zip(bucket, parts, strict=True):
                 dtype = torch.float64 if target in double else torch.float32
-                found[target][name] = part.view_as(value).to(dtype if name == "gram" else value.dtype)
-        return {target: replace(stats[target], **found[target]) for target in order}
+                found[target][name] = part.view_as(value).to(dtype if name in ("gram", "packed") else value.dtype)
+        return {target: _with_sums(stats[target], found[target]) for target in order}
+
+    def least(self, number: int) -> int:
+        """The smallest of a number, not negative, that every process has.
+
+        Raises:
+            CalibrationError: A process was lost.
+        """
+        every = torch.zeros(self.size, dtype=torch.float64)
+        every[self.rank] = number
+        return number if self.size == 1 else int(self._sum(every).min())
 
     def gathered(self, samples: Mapping[Sampled, InputSample], keys: Sequence[Sampled]) -> dict[Sampled, InputSample]:
         """All processes' samples, on each of them.
@@ -103,23 +113,27 @@ class Ranks:
         """
         if self.size == 1:
             return dict(samples)
-        shapes = torch.zeros(len(keys), 3)
+        shapes = torch.zeros(len(keys), 4)
         for row, key in zip(shapes, keys, strict=True):
             if key in samples:
-                row[:] = torch.tensor([*samples[key].rows.shape, DTYPES.index(samples[key].rows.dtype)])
+                one = samples[key]
+                row[:] = torch.tensor([*one.rows.shape, DTYPES.index(one.rows.dtype), one.held is not None])
         found = {}
-        for key, (count, width, kind) in zip(keys, self._sum(shapes).long().tolist(), strict=True):
+        for key, (count, width, kind, marked) in zip(keys, self._sum(shapes).long().tolist(), strict=True):
             if count == 0:
                 continue
-            block = torch.zeros(count, width + 1, dtype=torch.float64)
+            block = torch.zeros(count, width + 2, dtype=torch.float64)
             if key in samples:
-                block = torch.cat([samples[key].rows.double().cpu(), samples[key].weights.cpu()[:, None]], dim=1)
+                one = samples[key]
+                block[:, :width], block[:, width] = one.rows, one.weights
+                block[:, width + 1] = 0.0 if one.held is None else one.held
             total = self._sum(block)  # the others' zeros change no bit
-            found[key] = InputSample(total[:, :width].to(DTYPES[kind]), total[:, width].clone())
+            held = total[:, width + 1] > 0 if marked else None
+            found[key] = InputSample(total[:, :width].to(DTYPES[kind]), total[:, width].clone(), held)
         return found
 
     def _agree(self, order: Sequence[Target], stats: Mapping[Target, GramStats]) -> None:
-        described = ";".join(f"{target}{stats[target].ranks}{tuple(stats[target].gram.shape)}" for target in order)
+        described = ";".join(f"{target}{stats[target].ranks}{stats[target].held is None}" for target in order)
         every = torch.zeros(self.size, dtype=torch.float64)
         every[self.rank] = float(zlib.crc32(described.encode()))
         if len(set(self._sum(every).tolist())) > 1:
@@ -155,17 +169,26 @@ def _buckets(order: Sequence[Target], stats: Mapping[Target, GramStats]) -> Iter
     bucket: list[_Entry] = []
     size = 0
     for target in order:
-        for one in fields(stats[target]):
-            value = getattr(stats[target], one.name)
-            if not isinstance(value, Tensor):
-                continue
+        for name, value in _sums(stats[target]).items():
             if bucket and size + value.numel() > _BUCKET:
                 yield bucket
                 bucket, size = [], 0
-            bucket.append((target, one.name, value))
+            bucket.append((target, name, value))
             size += value.numel()
     if bucket:
         yield bucket
+
+
+def _sums(stats: GramStats) -> dict[str, Tensor]:
+    """All that is a sum over tokens, by name."""
+    found = {"gram": stats.gram, "tokens": stats.tokens, "nonfinite": stats.nonfinite}
+    return found if stats.held is None else {**found, "packed": stats.held.packed, "held": stats.held.tokens}
+
+
+def _with_sums(stats: GramStats, sums: Mapping[str, Tensor]) -> GramStats:
+    """The same with other sums; Grams in the dtype that they come in."""
+    held = None if stats.held is None else HeldOut(sums["packed"], sums["held"])
+    return replace(stats, gram=sums["gram"], tokens=sums["tokens"], nonfinite=sums["nonfinite"], held=held)
 
 
 @contextmanager

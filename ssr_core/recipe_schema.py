@@ -67,6 +67,7 @@ _SETTINGS = _object(
         "scheduler": _TEXT,
         "padding": {"enum": list(get_args(PaddingMode))},
         "sampled_tokens": {"type": "integer", "minimum": 0, "description": "Whole inputs kept; 0 for none."},
+        "held_out": {"type": "integer", "minimum": 0, "description": f"One token of so many was held out. {_NOTED}"},
         "memory_budget_gb": {"type": "number", "minimum": 0},
         "sigmas": {
             "type": "array",

@@ -48,9 +48,15 @@ def test_many_processes_equal_one(size, more, tmp_path):
             assert rel(found.stats[target].gram, stats.gram) < 1e-10
             assert torch.equal(found.stats[target].tokens, stats.tokens)
             assert torch.equal(found.stats[target].nonfinite, stats.nonfinite)
+            held, own = found.stats[target].held, stats.held
+            if more:  # all prompts of a LoRA in one process: the same tokens are held out
+                assert (held.packed - own.packed).norm() <= 1e-10 * own.packed.norm()
+                assert torch.equal(held.tokens, own.tokens)
+            # and else as many of them, in other places
+            assert (held.tokens - own.tokens).abs().max() <= size * max(map(len, PROMPTS))
             assert (stats.samples is None) == (found.stats[target].samples is None) == (more == ())
             for one, other in zip(stats.samples or (), found.stats[target].samples or (), strict=True):
-                assert torch.equal(one.rows, other.rows) and torch.equal(one.weights, other.weights)
+                assert all(torch.equal(getattr(one, n), getattr(other, n)) for n in ("rows", "weights", "held"))
         again = merge(tasks, SSRMerge(), found)
         for target, layer in merged.layers.items():
             assert rel(again.layers[target].delta(), layer.delta()) < 1e-10
