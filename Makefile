@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-images test lint test-host compatibility bench-padding bench-batching bench-conversion bench-quantised bench-speed bench-quality bench-records bench-smoke clean help
+.PHONY: demo demo-images test lint test-host compatibility bench-padding bench-batching bench-conversion bench-quantised bench-speed bench-quality bench-records bench-smoke clean help bench-compression bench-ranks
 
 help:
 	@echo "make demo                            merge three small LoRAs, results in demo_output/"
@@ -13,6 +13,8 @@ help:
 	@echo "make test-host COMFYUI_PATH=<path>   the real ComfyUI: loaders, server, KSampler (HOST_PYTHON=its python, ARGS='-k name')"
 	@echo "make compatibility COMFYUI_PATH=<path>  run every cell of docs/compatibility.md and write it anew"
 	@echo "make bench-padding, bench-batching, bench-conversion   measurements behind defaults (docs/benchmarks/)"
+	@echo "make bench-compression               truncation by outputs beside the plain SVD (docs/benchmarks/compression.md)"
+	@echo "make bench-ranks                     calibration shared by processes: time and difference (docs/benchmarks/ranks.md)"
 	@echo "make bench-quantised COMFYUI_PATH=<path>   how much of a merge acts on quantised models, and its cost"
 	@echo "make bench-speed                     speed and memory (ARGS='--device cuda', '--threads n'); docs/benchmarks/speed.md"
 	@echo "make bench-quality                   trains a small world and compares methods in it (tables to docs/benchmarks/quality.md)"
@@ -59,6 +61,12 @@ bench-batching: $(STAMP)
 
 bench-conversion: $(STAMP)
 	$(PY) -m benchmarks.conversion
+
+bench-compression: $(STAMP)
+	$(PY) -m benchmarks.compression
+
+bench-ranks: $(STAMP)
+	$(PY) -m benchmarks.ranks $(ARGS)
 
 bench-quantised:
 	COMFYUI_PATH=$(COMFYUI_PATH) $(HOST_PYTHON) -m benchmarks.quantised $(ARGS)

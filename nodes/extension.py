@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .compare_node import SSRCompare
+from .compress_node import SSRCompress
 from .library_node import SSRRecordLibrary
 from .lora_node import SSRLoRA
 from .merge_nodes import SSRCalibrate, SSRMergeNode, SSRSolve
@@ -31,6 +32,7 @@ class SSRMergeExtension(ComfyExtension):
             SSRSaveCalibration,
             SSRLoadCalibration,
             SSRSaveLoRA,
+            SSRCompress,
             SSROSRMInit,
             SSROSRMRefit,
             SSRReport,

@@ -74,9 +74,18 @@ class CalibrationOptions:
             "scheduler": self.scheduler,
             "padding": self.padding,
             "custom_latent": self.latent is not None,
+            "latent_fill": None if self.latent is None else _one_value(self.latent["samples"]),
             "custom_sigmas": self.sigmas is not None,
             "sampled_tokens": 0 if self.sample is None else self.sample.tokens,
         }
+
+
+def _one_value(latent: Any) -> float | None:
+    """The value of a latent that holds nothing else, as empty ones do."""
+    if not isinstance(latent, Tensor) or latent.numel() == 0:
+        return None
+    first = latent.flatten()[0]
+    return float(first) if bool((latent == first).all()) else None
 
 
 @dataclass(frozen=True)

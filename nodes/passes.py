@@ -16,6 +16,7 @@ from ..ssr_core import (
     Calibrator,
     LayerStack,
     MemoryBudgetError,
+    Ranks,
     TextRows,
     assemble,
     build_stacks,
@@ -33,28 +34,49 @@ CALIBRATION_SHARE = 0.9
 
 
 def calibrate(
-    loaded: Loaded, model: Any, clip: Any | None, options: CalibrationOptions, progress: host.Progress
+    loaded: Loaded,
+    model: Any,
+    clip: Any | None,
+    options: CalibrationOptions,
+    progress: host.Progress,
+    ranks: Ranks | None = None,
 ) -> Calibration:
     """One short sampling pass for each LoRA and prompt, that LoRA alone, the same noise for all.
+
+    Args:
+        loaded: The LoRAs.
+        model: The MODEL.
+        clip: Its CLIP.
+        options: Noise, size, sigmas and so on.
+        progress: Moves by steps.
+        ranks: Processes that share the passes; each of them gets the whole calibration.
 
     Raises:
         CalibrationError: A pass failed, or a LoRA has neither prompt nor CONDITIONING.
         MemoryBudgetError: The statistics would not fit.
     """
-    stacks = build_stacks(loaded.tasks)
+    stacks, ranks = build_stacks(loaded.tasks), ranks or Ranks()
     shared = any(len(stack.blocks) > 1 for stack in stacks)
-    held_out = _held_out_within_budget(stacks, model, options) if shared else HELD_OUT
+    # memory may be short for one process alone: all of them have to keep the same
+    held_out = ranks.least(_held_out_within_budget(stacks, model, options) if shared else HELD_OUT)
     parts = [
         Calibrator([s for s in stacks if s.target.part == part], options.padding, options.sample, held_out)
         for part in ("model", "clip")
     ]
     settings = {**options.settings(), "held_out": held_out}
     if shared:
-        passes = Passes(loaded, model, clip, options, progress)
+        counts = [count_passes(entry) for entry in loaded.entries]
+        shares = ranks.shares(counts, whole=options.sample is not None)
+        passes = Passes(loaded, model, clip, options, progress, shares)
         for index in range(len(loaded.tasks)):
             passes.run(index, *parts)
         settings = {**settings, "sigmas": passes.sigmas[:-1].tolist(), "latent": list(passes.latent.shape)}
-    return assemble(loaded.tasks, parts, model=model_identity(model), settings=settings)
+    return assemble(loaded.tasks, parts, model=model_identity(model), settings=settings, ranks=ranks)
+
+
+def count_passes(entry: LoRAEntry) -> int:
+    """Samplings that one LoRA takes: one for each prompt, or one of its CONDITIONING."""
+    return 1 if entry.conditioning is not None else len(entry.prompts)
 
 
 def _held_out_within_budget(stacks: Sequence[LayerStack], model: Any, options: CalibrationOptions) -> int:
@@ -80,21 +102,39 @@ class Collector(Protocol):
 
 
 class Passes:
-    """Runs one LoRA's prompts through the text encoder and the diffusion model."""
+    """Runs one LoRA's prompts through the text encoder and the diffusion model.
+
+    Args:
+        loaded: The LoRAs.
+        model: The MODEL.
+        clip: Its CLIP.
+        options: Noise, size, sigmas and so on.
+        progress: Moves by steps.
+        shares: For each LoRA which of its prompts are run here; None for all of them.
+    """
 
     def __init__(
-        self, loaded: Loaded, model: Any, clip: Any | None, options: CalibrationOptions, progress: host.Progress
+        self,
+        loaded: Loaded,
+        model: Any,
+        clip: Any | None,
+        options: CalibrationOptions,
+        progress: host.Progress,
+        shares: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.loaded, self.model, self.clip, self.options, self.progress = loaded, model, clip, options, progress
         self.latent, self.sigmas = options.latent_for(model), options.sigmas_for(model)
         self.noise = host.shared_noise(self.latent, options.seed)
         self.core_keys = host.core_key_map(model, clip)
-        passes = sum(1 if e.conditioning is not None else len(e.prompts) for e in loaded.entries)
+        self.shares = shares or [range(count_passes(entry)) for entry in loaded.entries]
+        passes = sum(map(len, self.shares))
         progress.stage(progress.reached, CALIBRATION_SHARE, passes * (len(self.sigmas) - 1))
 
     def run(self, index: int, model_calibrator: Collector, clip_calibrator: Collector) -> None:
         """All prompts of one LoRA; its statistics count only if every pass succeeds."""
         entry = self.loaded.entries[index]
+        if not self.shares[index]:
+            return
         with ExitStack() as stack, _named_out_of_memory(entry.name):
             prepared = self._encode(index, entry, clip_calibrator, stack)
             tap = stack.enter_context(model_calibrator.task(index))
@@ -129,7 +169,8 @@ class Passes:
         tap = stack.enter_context(calibrator.task(index))
         clip = alone(self.loaded, index, "clip", self.clip, self.core_keys[1])
         encoded: _Prepared = []
-        for prompt in entry.prompts:
+        # of a CONDITIONING there is one pass, but every prompt beside it is read by the text encoder
+        for prompt in entry.prompts if given is not None else (entry.prompts[i] for i in self.shares[index]):
             host.check_cancel()
             with (
                 tap.attached(root_of("clip", clip)) as modules,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..ssr_core import (
     Adapter,
     Calibration,
+    CompressOptions,
     KeyTarget,
     MergeReport,
     MergeResult,
@@ -58,9 +59,11 @@ class MergedLoRA(dict[str, Tensor]):
 
 @dataclass(frozen=True)
 class MergeOrigin:
-    """What SSR Save LoRA needs beside the tensors."""
+    """What SSR Save LoRA and SSR Compress need beside the tensors."""
 
     result: MergeResult
+    entries: LoRAEntries
+    options: SolveOptions
     key_map: Mapping[str, KeyTarget] = field(repr=False)
     core_keys: Mapping[str, Any] = field(repr=False)
     metadata: Mapping[str, str]
@@ -83,7 +86,7 @@ def solve(
     options: SolveOptions,
     progress: host.Progress,
 ) -> Merged:
-    """Solve, and put the result onto clones of MODEL and CLIP."""
+    """Merge, and put the result onto clones of MODEL and CLIP."""
     begin = progress.reached
     result = merge(
         loaded.tasks,
@@ -95,9 +98,33 @@ def solve(
         unseen=options.unseen_layers,
         tick=lambda layers, total: progress.at(begin + (1 - begin) * layers / max(1, total)),
     )
+    same_model = calibration is None or calibration.model == model_identity(model)
+    result = replace(result, report=_with_remarks(result.report, calibration, options, same_model))
+    return put_on(loaded, model, clip, result, calibration, options)
+
+
+def put_on(
+    loaded: Loaded,
+    model: Any,
+    clip: Any | None,
+    result: MergeResult,
+    calibration: Calibration | None,
+    options: SolveOptions,
+    compressed: CompressOptions | None = None,
+) -> Merged:
+    """Clones of MODEL and CLIP with a merge, and its LORA_MODEL.
+
+    Args:
+        loaded: The LoRAs that were merged.
+        model: The base MODEL.
+        clip: Its CLIP, if one is connected.
+        result: The merge.
+        calibration: What it was solved from.
+        options: How it was solved, and how it is to be applied.
+        compressed: How it was compressed afterwards, if it was.
+    """
     unet, text = host.core_key_map(model, clip)
     same_model = calibration is None or calibration.model == model_identity(model)
-    report = _with_remarks(result.report, calibration, options, same_model)
     # before the merge: a replaced weight must not wipe that out
     steps = [partial(rest, reading=True), partial(rest, reading=False)]
     steps += [pass_through] if options.unsupported == "pass_through" else []
@@ -106,16 +133,23 @@ def solve(
             model = apply(loaded, index, "model", model, unet)
             clip = clip if clip is None else apply(loaded, index, "clip", clip, text)
     division = forward.divide(model, result.layers, options.apply, out_of_reach=_out_of_reach(loaded, result))
+    report = result.report
     report = replace(
         report, warnings=(*report.warnings, *_rounded_rests(loaded, model)), notes=(*report.notes, *division.notes())
     )
     result = replace(result, report=report)
     new_model = forward.put_on(patches.apply(model, "model", result, without=division.layers), division)
     new_clip = patches.apply(clip, "clip", result) if clip is not None else None
-    extra = {"dtype": options.dtype, "calibrated_on_this_model": same_model}
-    origin = MergeOrigin(
-        result, loaded.key_map, {**unet, **text}, merge_metadata(loaded.tasks, options.method, calibration, extra)
-    )
+    extra = {
+        "dtype": options.dtype,
+        "unsupported": options.unsupported,
+        "unseen_layers": options.unseen_layers,
+        "apply": options.apply,
+        "calibrated_on_this_model": same_model,
+        "compress": None if compressed is None else asdict(compressed),
+    }
+    metadata = merge_metadata(loaded.tasks, options.method, calibration, extra)
+    origin = MergeOrigin(result, loaded.entries, options, loaded.key_map, {**unet, **text}, metadata)
     return Merged(new_model, new_clip, MergedLoRA(to_tensors(result, loaded.key_map), origin), report)
 
 

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ssr_core import FileError, IncompatibleError, KeyStyle, MergeResult, atomic_path, to_tensors, write_safetensors
+from ..ssr_core import (
+    FileError,
+    IncompatibleError,
+    KeyStyle,
+    MergeResult,
+    atomic_path,
+    to_tensors,
+    with_recipe,
+    write_safetensors,
+)
 from ..ssr_core.files import json_text
 from .patches import reload_patches
 from .pipeline import MergedLoRA, MergeOrigin
@@ -21,13 +30,22 @@ TOLERANCE = 2
 REPORT_SUFFIX = ".report.json"
 
 
-def save_lora(lora: Mapping[str, Tensor], path: Path, style: KeyStyle, report: bool = False) -> None:
+def save_lora(
+    lora: Mapping[str, Tensor],
+    path: Path,
+    style: KeyStyle,
+    model: Mapping[str, object] | None = None,
+    overwrite: bool = False,
+    report: bool = False,
+) -> None:
     """Write a LORA_MODEL to a new file.
 
     Args:
         lora: A merge of this pack, or any LORA_MODEL (written as it is, in its own key style).
         path: The file to make.
         style: Key style of a merge.
+        model: How the MODEL was loaded, as recipes say it; None where that is not known.
+        overwrite: Replace a file of this name.
         report: Also write the report of a merge beside it, as JSON.
 
     Raises:
@@ -40,13 +58,14 @@ def save_lora(lora: Mapping[str, Tensor], path: Path, style: KeyStyle, report: b
                 f"this LORA_MODEL does not come from SSR-Merge and cannot be rewritten in the style {style}.",
                 remedy="choose comfy, which writes it as it is.",
             )
-        with atomic_path(path) as temporary:
+        with atomic_path(path, overwrite) as temporary:
             write_safetensors(temporary, lora, {"format": "pt"})
         return
     origin = lora.origin
     tensors = to_tensors(origin.result, origin.key_map, style)
-    with atomic_path(path) as temporary:
-        write_safetensors(temporary, tensors, {**origin.metadata, "ssr_merge.key_style": style})
+    metadata = with_recipe(origin.metadata, {"key_style": style, "model": model})
+    with atomic_path(path, overwrite) as temporary:
+        write_safetensors(temporary, tensors, {**metadata, "ssr_merge.key_style": style})
         _verify(temporary, path, origin)
     if report:
         with atomic_path(path.with_name(path.stem + REPORT_SUFFIX)) as temporary:

@@ -12,6 +12,7 @@ from ..ssr_core import KEY_STYLES, KeyStyle, load_calibration, save_calibration
 from . import paths, pipeline, saving
 from .entries import file_hash
 from .inputs import CATEGORY, LORA_MODEL, SSR_CALIBRATION
+from .model_source import model_source
 
 
 class SSRSaveCalibration(io.ComfyNode):
@@ -119,6 +120,7 @@ class SSRSaveLoRA(io.ComfyNode):
                 ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="Where the file is.")],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
@@ -127,5 +129,6 @@ class SSRSaveLoRA(io.ComfyNode):
     ) -> io.NodeOutput:
         """Write, check, rename."""
         path = paths.output_path(filename_prefix, ".safetensors")
-        saving.save_lora(lora, path, key_style, report)
+        source = model_source(cls.hidden.prompt, cls.hidden.unique_id)
+        saving.save_lora(lora, path, key_style, source, report=report)
         return io.NodeOutput(str(path), ui=ui.PreviewText(str(path)))

@@ -1,7 +1,7 @@
 """SSR-Merge's engine: adapter files -> stacks -> taps -> Grams -> router -> merged adapter -> report.
 
-Needs torch, safetensors and numpy; never imports ComfyUI. The README's "Headless" section shows the
-few calls that a merge takes.
+Needs torch, safetensors and numpy; never imports ComfyUI. The README's section "The engine without
+ComfyUI" shows the few calls that a merge takes.
 """
 
 from .adapters import RESTS, Adapter, Conversion, ConvertOptions, DenseGroup, KeyRecord, LoRALayer, Rest
@@ -10,8 +10,10 @@ from .calibration import Calibration, Calibrator, assemble
 from .calibration_io import load_calibration, save_calibration
 from .combining import combine
 from .compare import Comparison, compare
+from .compression import LIMITS, CompressOptions, Limit, compress, plain_bytes
+from .compression_report import CompressedLayer, CompressionReport
 from .conversion import Converted, convert, converted_groups
-from .emit import KEY_STYLES, KeyStyle, change_tensors, to_tensors
+from .emit import KEY_STYLES, KeyStyle, bytes_per_rank, change_tensors, to_tensors
 from .errors import (
     CalibrationError,
     FileError,
@@ -23,13 +25,13 @@ from .errors import (
 from .files import atomic_path, content_hash, read_safetensors, tensors_hash, write_safetensors
 from .forward import ForwardLoRA
 from .gram import GramStats
-from .headless import calibrate
+from .headless import calibrate, calibrate_sharded
 from .heldout import HELD_OUT, HeldOut
 from .input_hooks import InputLayer, SharingError, input_layers, whole_module
 from .input_taps import InputCollector, InputTap
 from .memory import MOMENTS_REMEDY, MemoryNeed, check_memory, memory_need, moments_need
 from .merge import MergeResult, check_unsupported, describe, merge
-from .metadata import merge_metadata
+from .metadata import merge_metadata, with_recipe
 from .method_lines import parse_method
 from .methods import (
     DIRECTIONS,
@@ -49,6 +51,9 @@ from .osrm_layer import REFIT_MODES, RefitMode, RefitOptions
 from .osrm_refit import RefitResult, osrm_refit, refit_markdown
 from .padding import PaddingMode, TextRows
 from .parse import read_adapter
+from .ranks import Ranks, joined
+from .recipe import Recipe, Source, parse_recipe, read_recipe
+from .recipe_schema import SCHEMA
 from .records import TaskRecord, records_of
 from .report import FileAccount, LayerReport, MergeReport
 from .router import ANCHORS, Anchor
@@ -77,6 +82,9 @@ __all__ = [
     "Calibrator",
     "CleanRule",
     "Comparison",
+    "CompressOptions",
+    "CompressedLayer",
+    "CompressionReport",
     "Conversion",
     "ConvertOptions",
     "Converted",
@@ -105,9 +113,11 @@ __all__ = [
     "KeyRecord",
     "KeyStyle",
     "KeyTarget",
+    "LIMITS",
     "LayerReport",
     "LayerStack",
     "Listed",
+    "Limit",
     "LoRALayer",
     "MB",
     "METHODS",
@@ -129,11 +139,14 @@ __all__ = [
     "RecordLibrary",
     "RecordOptions",
     "Recorder",
+    "Ranks",
+    "Recipe",
     "RefitMode",
     "RefitOptions",
     "RefitResult",
     "Rest",
     "SMALL_RECORDS",
+    "SCHEMA",
     "SSRMerge",
     "SSRMergeError",
     "SampleOptions",
@@ -141,6 +154,7 @@ __all__ = [
     "SharingError",
     "SmallRecords",
     "SolveError",
+    "Source",
     "SumMerge",
     "Tap",
     "Target",
@@ -151,13 +165,16 @@ __all__ = [
     "assemble",
     "atomic_path",
     "build_stacks",
+    "bytes_per_rank",
     "calibrate",
+    "calibrate_sharded",
     "change_tensors",
     "check_memory",
     "check_unsupported",
     "clean",
     "combine",
     "compare",
+    "compress",
     "content_hash",
     "convert",
     "converted_groups",
@@ -169,6 +186,7 @@ __all__ = [
     "input_layers",
     "keep",
     "listing_text",
+    "joined",
     "load_calibration",
     "memory_need",
     "merge",
@@ -178,8 +196,11 @@ __all__ = [
     "osrm_init",
     "osrm_refit",
     "parse_method",
+    "parse_recipe",
+    "plain_bytes",
     "prompt_warnings",
     "read_adapter",
+    "read_recipe",
     "read_safetensors",
     "record",
     "records_of",
@@ -191,5 +212,6 @@ __all__ = [
     "unknown_share",
     "whole_module",
     "without",
+    "with_recipe",
     "write_safetensors",
 ]

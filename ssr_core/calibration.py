@@ -13,6 +13,7 @@ from .errors import CalibrationError, IncompatibleError
 from .gram import GramAccumulator, GramStats
 from .heldout import HELD_OUT, HeldOut
 from .padding import PaddingMode
+from .ranks import Ranks
 from .records import TaskRecord, records_of
 from .sampling import InputSample, SampleOptions
 from .stacks import LayerStack, Task
@@ -164,6 +165,13 @@ class Calibrator:
             self._samples[(path, index)] = sample
         check_ran(tap, index)
 
+    def gather(self, ranks: Ranks) -> None:
+        """Take over the samples of all processes."""
+        if self.sample is not None:
+            routed = [stack for stack in self.stacks if len(stack.blocks) > 1]
+            keys = sorted({(stack.target.module_path, task) for stack in routed for task in stack.tasks})
+            self._samples = ranks.gathered(self._samples, keys)
+
     def result(self) -> dict[Target, GramStats]:
         """Statistics of every stack with two or more tasks; a layer that never ran has zero tokens.
 
@@ -225,9 +233,14 @@ def assemble(
     *,
     model: str = "",
     settings: Mapping[str, object] | None = None,
+    ranks: Ranks | None = None,
 ) -> Calibration:
-    """The calibration that the calibrators of all parts have gathered."""
+    """The calibration that the calibrators of all parts have gathered, on all processes."""
+    ranks = ranks or Ranks()
+    for calibrator in calibrators:
+        calibrator.gather(ranks)
     stats = {target: one for calibrator in calibrators for target, one in calibrator.result().items()}
+    stats = ranks.combined(stats)
     stacks = {stack.target: stack for calibrator in calibrators for stack in calibrator.stacks}
     return Calibration(
         records_of(tasks),

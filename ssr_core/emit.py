@@ -62,6 +62,27 @@ def change_tensors(
     return _unshared(tensors)
 
 
+def bytes_per_rank(layers: Mapping[Target, LoRALayer], key_map: KeyMap, style: KeyStyle = "comfy") -> dict[Target, int]:
+    """Bytes that one rank of each layer takes in the file that `change_tensors` makes.
+
+    A layer whose rows have no name of their own is padded to the whole module; one that is written in
+    several named pieces repeats its down.
+    """
+    names = _names(key_map, style)
+    shapes = {
+        (e.target.part, e.target.module_path): e.weight_shape for e in key_map.values() if e.parameter == "weight"
+    }
+    sizes = {}
+    for module, members in _by_module(layers).items():
+        rows = shapes[module][0]
+        tiles = [_tiles(target, names.get(module, []), rows, style) for target, _ in members]
+        for (target, layer), pieces in zip(members, tiles, strict=True):
+            up = layer.up.shape[0] if all(tiles) else rows
+            copies = len(pieces) if all(tiles) else 1
+            sizes[target] = (copies * layer.down.shape[1] + up) * layer.down.element_size()
+    return sizes
+
+
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies only where two names would share memory, which safetensors refuses."""
     seen: set[int] = set()

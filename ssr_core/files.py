@@ -98,6 +98,23 @@ def _refuse_strangers(path: Path) -> None:
         )
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """String metadata of a safetensors file, without its tensors.
+
+    Raises:
+        FileError: The file is missing or not safetensors.
+    """
+    if not path.is_file():
+        raise FileError("the file does not exist.", file=str(path), remedy="check the path.")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (safetensors.SafetensorError, ValueError, OSError) as err:
+        raise FileError(
+            f"not a whole safetensors file ({err}).", file=path.name, remedy="download or export it again."
+        ) from err
+
+
 @contextmanager
 def atomic_path(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Give a temporary path in the same folder; rename it to `path` if the block succeeds.

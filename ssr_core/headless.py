@@ -10,6 +10,7 @@ from torch import nn
 from .calibration import Calibration, Calibrator, assemble
 from .heldout import HELD_OUT
 from .padding import PaddingMode
+from .ranks import Ranks
 from .sampling import SampleOptions
 from .stacks import LayerStack, Task
 from .taps import Tap
@@ -50,3 +51,39 @@ def calibrate(
         with calibrator.task(index) as tap, tap.attached(root):
             run_pass(index, tap)
     return assemble(tasks, [calibrator], settings=None if sample is None else {"sample": asdict(sample)})
+
+
+def calibrate_sharded(
+    root: nn.Module,
+    tasks: Sequence[Task],
+    stacks: Sequence[LayerStack],
+    run_prompt: Callable[[int, int, Tap], None],
+    ranks: Ranks,
+    *,
+    padding: PaddingMode = "balance",
+    sample: SampleOptions | None = None,
+    held_out: int = HELD_OUT,
+) -> Calibration:
+    """As `calibrate`, with the passes dealt out over processes; every process gets the whole calibration.
+
+    Args:
+        root: The module that the targets' paths start from; the same on every process.
+        tasks: The LoRAs; each has as many passes as prompts.
+        stacks: `build_stacks(tasks)`.
+        run_prompt: Runs the model on prompt j of task i, while the hooks are attached.
+        ranks: This process among the others.
+        padding: How padded text tokens count.
+        sample: As in `calibrate`; the prompts of a LoRA are then run by one process.
+        held_out: As in `calibrate`; which tokens these are depends on where a LoRA's prompts are run.
+
+    Raises:
+        CalibrationError: A pass reached no layer, or a process was lost.
+    """
+    calibrator = Calibrator(stacks, padding, sample, held_out)
+    for index, share in enumerate(ranks.shares([len(task.prompts) for task in tasks], whole=sample is not None)):
+        if share:
+            with calibrator.task(index) as tap, tap.attached(root):
+                for prompt in share:
+                    run_prompt(index, prompt, tap)
+    settings = None if sample is None else {"sample": asdict(sample)}
+    return assemble(tasks, [calibrator], settings=settings, ranks=ranks)

@@ -199,10 +199,15 @@ def _finish(stack: LayerStack, factors: MergedFactors, dtype: torch.dtype) -> Lo
     if down.shape[0] == 0:  # nothing but zeros; no loader takes a LoRA of rank 0
         down, up = down.new_zeros(1, down.shape[1]), up.new_zeros(up.shape[0], 1)
     name = str(stack.target)
-    return LoRALayer(_cast(down, dtype, name), _cast(up, dtype, name), None, stack.kernel)
+    return LoRALayer(cast(down, dtype, name), cast(up, dtype, name), None, stack.kernel)
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype, layer: str) -> Tensor:
+def cast(tensor: Tensor, dtype: torch.dtype, layer: str) -> Tensor:
+    """A factor as it is stored: in main memory, in its dtype.
+
+    Raises:
+        SolveError: The dtype cannot hold it.
+    """
     tensor = tensor.to("cpu", dtype).contiguous()
     if not all_finite(tensor):
         raise SolveError(
@@ -221,7 +226,7 @@ def _pass_through(stack: LayerStack, dtype: torch.dtype) -> list[tuple[Target, L
     for start, source in block.parts:
         rows = source.up.shape[0]
         target = whole if rows == block.rows else Target(whole.module_path, (base + start, rows), whole.part)
-        down, up = _cast(source.down, dtype, str(target)), _cast(source.up, dtype, str(target))
+        down, up = cast(source.down, dtype, str(target)), cast(source.up, dtype, str(target))
         layers.append((target, LoRALayer(down, up, source.scale * block.strength * source.rank, source.kernel)))
     return layers
 
@@ -234,4 +239,4 @@ def _sum_vectors(tasks: Sequence[Task], dtype: torch.dtype) -> dict[tuple[Target
             if strength:
                 scaled = value.to(torch.promote_types(value.dtype, torch.float32)) * strength
                 total[key] = total[key] + scaled if key in total else scaled
-    return {key: _cast(value, dtype, f"{key[0]}.{key[1]}") for key, value in total.items()}
+    return {key: cast(value, dtype, f"{key[0]}.{key[1]}") for key, value in total.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
@@ -29,6 +30,7 @@ def merge_metadata(
         calibration: What it was solved from.
         extra: More JSON values (dtype, key style, host version).
     """
+    records = [-1] * len(tasks) if calibration is None else calibration.match_active(tasks)
     recipe: dict[str, object] = {
         "version": VERSION,
         "method": method.name,
@@ -45,8 +47,9 @@ def merge_metadata(
                 "strength_clip": task.strength_clip,
                 "prompts": list(task.prompts),
                 "convert": None if task.adapter.convert_options is None else asdict(task.adapter.convert_options),
+                "calibrated_at": _calibrated_at(calibration, record),
             }
-            for task in tasks
+            for task, record in zip(tasks, records, strict=True)
         ],
         "calibration": None
         if calibration is None
@@ -64,3 +67,16 @@ def merge_metadata(
         "modelspec.title": title,
         "modelspec.description": f"SSR-Merge {VERSION}, {describe(method)}",
     }
+
+
+def _calibrated_at(calibration: Calibration | None, record: int) -> list[float] | None:
+    """Strengths of one LoRA during calibration; its place in the calibration need not be that in the merge."""
+    if calibration is None or record < 0:
+        return None
+    return [calibration.tasks[record].strength_model, calibration.tasks[record].strength_clip]
+
+
+def with_recipe(metadata: Mapping[str, str], more: Mapping[str, object]) -> dict[str, str]:
+    """Metadata whose recipe has further values."""
+    recipe = json.loads(metadata[KEY])
+    return {**metadata, KEY: json_text({**recipe, **more})}

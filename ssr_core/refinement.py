@@ -59,7 +59,7 @@ def refine(
     Returns:
         The correction; None if the tokens are all zero or the LoRAs put out nothing.
     """
-    x, sizes = _weighted(samples, basis)
+    x, sizes = weighted_tokens(samples, basis)
     signals = x @ basis.T
     wanted = torch.zeros_like(signals)
     for tokens, rows in zip(block_slices(sizes), block_slices(ranks), strict=True):
@@ -91,13 +91,18 @@ def sampled_grams(samples: Sequence[InputSample], rows: Tensor) -> Tensor:
         samples: One for each task.
         rows: (n, in), on the device to compute on.
     """
-    x, sizes = _weighted(samples, rows)
+    x, sizes = weighted_tokens(samples, rows)
     signals = x @ rows.T
     return torch.stack([signals[tokens].T @ signals[tokens] for tokens in block_slices(sizes)])
 
 
-def _weighted(samples: Sequence[InputSample], basis: Tensor) -> tuple[Tensor, list[int]]:
-    """All tokens (N, in), scaled so that each task's weigh 1 in all; and the number of each task's."""
+def weighted_tokens(samples: Sequence[InputSample], basis: Tensor) -> tuple[Tensor, list[int]]:
+    """All tokens (N, in), scaled so that each task's weigh 1 in all; and the number of each task's.
+
+    Args:
+        samples: One for each task.
+        basis: Whose dtype and device the tokens get.
+    """
     parts = []
     for sample in samples:
         scale = (sample.weights / sample.weights.sum()).sqrt().to(basis.device)

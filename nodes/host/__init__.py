@@ -2,6 +2,7 @@
 
 from .device import activation_dtype, check_cancel, compute_device, is_out_of_memory, make_room, memory_budgets
 from .files import load_file, lora_files, lora_path, numbered_file, output_directory
+from .graph import packs_of
 from .latents import SCHEDULERS, empty_latent, prepare_latent, shared_noise, step_sigmas
 from .names import CoreKeyMap, convert_names, core_key_map, key_map, lora_adapter, read_patches
 from .progress import Progress
@@ -34,6 +35,7 @@ __all__ = [
     "memory_budgets",
     "numbered_file",
     "output_directory",
+    "packs_of",
     "patches_of",
     "prepare_latent",
     "read_patches",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compress_graph import COMPRESS
 from workflow_parts import FLUX, SDXL, WAN, lora, note, sampling, wan_sampling
 
 ONE = lora("one", 300, "subject_one.safetensors", "a photo of sks dog\nsks dog sitting in a garden", "First subject")
@@ -175,6 +176,7 @@ GRAPHS = {
             "calibration in SSR Load Calibration. The metadata of the file says how it was made.",
         ),
     ],
+    "compress": COMPRESS,
     "wan22_two_models": [
         *WAN,
         lora("one", 620, "subject_one.safetensors", "a video of sks man walking", "First subject"),

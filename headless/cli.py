@@ -1,0 +1,188 @@
+"""Arguments, messages and exit codes of the command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+OK, FAILED, MISUSED, INTERRUPTED, STOPPED = 0, 1, 2, 130, 143
+
+_EPILOG = """\
+exit codes: 0 done; 1 it failed (the message says where and what to do; nothing half-written is left);
+2 wrong arguments or a wrong recipe; 130 Ctrl-C; 143 stopped by a signal, e.g. because another process failed.
+
+examples:
+  python headless --example > recipe.json
+  python headless recipe.json --comfyui ~/ComfyUI --output merged.safetensors
+  python headless merged.safetensors --comfyui ~/ComfyUI          make a merged file again from its metadata
+  torchrun --nproc-per-node 4 headless recipe.json --comfyui ~/ComfyUI       share the passes
+  python headless recipe.json --comfyui ~/ComfyUI -- --cpu        ComfyUI's own options come after --
+
+docs/headless.md describes recipes; docs/recipe.schema.json is their schema."""
+
+EXAMPLE = {
+    "model": {"checkpoint": "sd_xl_base_1.0.safetensors"},
+    "sources": [
+        {"name": "dog.safetensors", "strength_model": 1.0, "prompts": ["a photo of sks dog"]},
+        {"name": "cat.safetensors", "strength_model": 0.8, "prompts": ["a photo of zwx cat"]},
+    ],
+    "method": "ssr",
+    "parameters": {"ridge": 0.01},
+    "calibration": {"settings": {"seed": 0, "steps": 1, "width": 512, "height": 512}},
+    "compress": {"limit": "share", "value": 0.5},
+    "key_style": "comfy",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="headless",
+        description="Merges LoRAs by a recipe with a ComfyUI installation, without its server: calibrates, merges, "
+        "reports, saves. The same recipe is in the metadata of every merged file.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = made.add_argument
+    add("recipe", nargs="?", type=Path, help="a recipe (JSON), or a merged .safetensors that is to be made again")
+    add("--comfyui", metavar="PATH", help="folder with ComfyUI's main.py; default: $COMFYUI_PATH, or around the pack")
+    add("--output", type=Path, metavar="FILE", help="merged file; default: a numbered one in ComfyUI's output/loras")
+    add("--overwrite", action="store_true", help="replace the output, its reports and the saved calibration")
+    add("--save-calibration", type=Path, metavar="FILE", help="keep the calibration")
+    add("--again", action="store_true", help="insist that the recipe is a merged file, and compare with its tensors")
+    add("--check", action="store_true", help="only check the recipe")
+    add("--example", action="store_true", help="print an example recipe")
+    add("--quiet", action="store_true", help="no progress bar")
+    model = made.add_argument_group("model", "replaces what the recipe says, or says what a file's metadata lacks")
+    model.add_argument("--checkpoint", metavar="NAME", help="file in ComfyUI's checkpoints folder")
+    model.add_argument("--unet", metavar="NAME", help="file in ComfyUI's diffusion_models folder")
+    model.add_argument(
+        "--clip", metavar="NAME", action="append", help="text encoder of --unet; again for each of several"
+    )
+    model.add_argument("--clip-type", metavar="TYPE", help="its type, as in ComfyUI's CLIP loader")
+    return made
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; the exit code."""
+    arguments = list(arguments)
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    made = parser()
+    given = made.parse_args(arguments[:at])
+    if given.example:
+        print(json.dumps(EXAMPLE, indent=2))  # noqa: T201
+        return OK
+    if given.recipe is None:
+        made.print_usage(sys.stderr)
+        _say("a recipe is missing; --help says more.")
+        return MISUSED
+    _one_gpu_each()
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        return _run(given, arguments[at + 1 :])
+    except KeyboardInterrupt:
+        _say("interrupted; nothing was written.")
+        return INTERRUPTED
+    except _Stopped:
+        _say(f"{_who()}stopped by a signal, as when another process failed; nothing was written.")
+        return STOPPED
+
+
+class _Stopped(BaseException):
+    """SIGTERM: cleans up like Ctrl-C does."""
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise _Stopped
+
+
+def _one_gpu_each() -> None:
+    """Under torchrun every process has a GPU of its own; to be said before torch is imported."""
+    if "LOCAL_RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return
+    local, visible = int(os.environ["LOCAL_RANK"]), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(local)
+    elif visible:
+        devices = visible.split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[local % len(devices)]
+
+
+def _who() -> str:
+    return f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
+def _say(text: str) -> None:
+    print(text if text.startswith("SSR-Merge") else f"SSR-Merge: {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _run(given: argparse.Namespace, host_options: Sequence[str]) -> int:
+    from ..ssr_core import FileError, SSRMergeError, joined, read_recipe
+    from . import installation
+
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        again = given.recipe.suffix.lower() == ".safetensors"
+        if given.again and not again:
+            raise FileError("--again takes a merged .safetensors.", file=str(given.recipe))
+        recipe = read_recipe(given.recipe)
+        overrides = {
+            "checkpoint": given.checkpoint,
+            "unet": given.unet,
+            "clip": given.clip,
+            "clip_type": given.clip_type,
+        }
+        named = {name: value for name, value in overrides.items() if value is not None}
+        recipe = replace(recipe, model=named) if named else recipe
+        if given.check:
+            _say("the recipe is right.")
+            return OK
+        checkout = installation.find(given.comfyui)
+    except SSRMergeError as err:
+        _say(str(err))
+        return MISUSED
+    try:
+        started = installation.start(checkout, host_options)
+        from . import work
+
+        gpu = None if "--cpu" not in host_options else False
+        with _bar(started, shown=first and not given.quiet), joined(gpu) as ranks:
+            wanted = work.Wanted(given.output, given.overwrite, given.save_calibration, given.recipe.absolute().parent)
+            path, remarks = work.carry_out(recipe, wanted, ranks)
+        for remark in (*recipe.remarks, *remarks) if first else ():
+            _say(remark)
+        if path is not None:
+            print(path)  # noqa: T201
+            if again:
+                difference = work.largest_difference(given.recipe, path)
+                _say(f"largest relative difference to {given.recipe.name}: {difference:.1e}")
+    except SSRMergeError as err:
+        _say(str(err))
+        return FAILED
+    return OK
+
+
+class _bar:  # noqa: N801
+    """A tqdm bar that follows ComfyUI's progress."""
+
+    def __init__(self, started: object, shown: bool) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=100, unit="%", disable=not shown, bar_format="{l_bar}{bar}| {elapsed}<{remaining}")
+        started.show_progress(self._tell)  # type: ignore[attr-defined]
+
+    def _tell(self, done: int, total: int) -> None:
+        self._bar.update(max(0.0, 100 * done / max(1, total) - self._bar.n))
+
+    def __enter__(self) -> _bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()

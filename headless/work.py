@@ -1,0 +1,242 @@
+"""A recipe carried out by the code of the nodes. Imported once ComfyUI is there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..nodes import compressing, entries, host, loading, options, passes, paths, pipeline, saving
+from ..nodes.host.graph import load_packs, run_graph
+from ..nodes.model_info import model_identity
+from ..ssr_core import (
+    Calibration,
+    CompressionReport,
+    FileError,
+    Ranks,
+    Recipe,
+    SampleOptions,
+    Source,
+    TaskRecord,
+    atomic_path,
+    check_unsupported,
+    load_calibration,
+    read_safetensors,
+    save_calibration,
+)
+from .loaders import model_graph
+
+DEFAULTS: Mapping[str, Any] = {
+    "seed": 0,
+    "steps": 1,
+    "width": 512,
+    "height": 512,
+    "frames": 1,
+    "scheduler": "simple",
+    "padding": "balance",
+    "memory_budget_gb": 0.0,
+    "sampled_tokens": SampleOptions().tokens,
+}
+"""As in SSR Merge."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be written.
+
+    Attributes:
+        output: The merged file; None for a numbered one in ComfyUI's output/loras.
+        overwrite: Replace files that exist.
+        calibration: Where to save the calibration, if anywhere.
+        beside: Folder that paths in the recipe are relative to.
+    """
+
+    output: Path | None
+    overwrite: bool
+    calibration: Path | None
+    beside: Path
+
+
+def carry_out(recipe: Recipe, wanted: Wanted, ranks: Ranks) -> tuple[Path | None, list[str]]:
+    """Load, calibrate, merge, compress, save.
+
+    Args:
+        recipe: What to do.
+        wanted: What to write; the first process writes it.
+        ranks: Processes that share the calibration passes.
+
+    Returns:
+        The merged file (None on all processes but the first), and sentences to print.
+
+    Raises:
+        SSRMergeError: Says what is wrong, where, and what to do.
+    """
+    for path in _files(wanted) if not wanted.overwrite else ():
+        if path.exists():
+            raise FileError("a file of this name exists already.", file=str(path), remedy="give --overwrite.")
+    with torch.inference_mode():  # as ComfyUI runs its nodes
+        chosen = model_graph(recipe.model)
+        load_packs(chosen.packs)
+        model, clip = run_graph(chosen.graph, (chosen.model, chosen.clip))
+        remarks = _identity_remarks(recipe, model)
+        progress = host.Progress(model)
+        merging = tuple(_entry(source, wanted.beside) for source in recipe.sources)
+        calibration, known, loaded = _calibration(recipe, merging, model, clip, progress, wanted, ranks)
+        if ranks.rank > 0:
+            return None, remarks
+        if loaded is None or loaded.entries != loading.acting(merging, clip):
+            loaded = loading.load(merging, model, clip, progress, known)
+        merged, report = _merged(recipe, loaded, model, clip, calibration, progress)
+        path = wanted.output or paths.output_path("loras/ssr_merged", ".safetensors")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        saving.save_lora(merged.lora, path, recipe.key_style, recipe.model, wanted.overwrite)
+        _write_reports(path, merged, report, wanted.overwrite)
+    return path, remarks
+
+
+def _files(wanted: Wanted) -> list[Path]:
+    """All named files that are to be written."""
+    made = [wanted.calibration] if wanted.calibration is not None else []
+    if wanted.output is not None:
+        made += [wanted.output, *_report_paths(wanted.output)]
+    return made
+
+
+def _report_paths(path: Path) -> list[Path]:
+    """The reports beside a merged file: for people, for programs."""
+    return [path.with_suffix(f".report{suffix}") for suffix in (".md", ".json")]
+
+
+def _identity_remarks(recipe: Recipe, model: Any) -> list[str]:
+    if not recipe.same_model:
+        return ["The file was solved from the calibration of another model; this one is calibrated anew."]
+    if recipe.calibrated_model and recipe.calibrated_model != model_identity(model):
+        return ["The model differs from the one that the file was made on: the result will differ, too."]
+    return []
+
+
+def _entry(source: Source, beside: Path) -> entries.LoRAEntry:
+    """A LoRA by its path, or by its name in the loras folders; its content is checked if the recipe knows it.
+
+    Raises:
+        FileError: There is no such file, or its content is another one.
+    """
+    strengths = (source.strength_model, source.strength_clip)
+    path = beside / source.name
+    if path.is_file():
+        tensors = read_safetensors(path)[0]
+        entry = entries.LoRAEntry(source.name, entries.file_hash(path), *strengths, source.prompts, tensors=tensors)
+    elif source.sha256 is not None and source.name not in host.lora_files():
+        record = TaskRecord(source.name, source.sha256, *strengths, source.prompts, source.convert)
+        entry = entries.entry_from_record(record)
+    else:
+        entry = entries.entry_from_file(source.name, *strengths, source.prompts, None)
+    if source.sha256 is not None and entry.sha256 != source.sha256:
+        raise FileError(
+            f"its content is not that of the recipe (sha256 {entry.sha256[:16]}… instead of {source.sha256[:16]}…).",
+            file=source.name,
+            remedy="put the file back that was merged, or take sha256 out of the recipe.",
+        )
+    return replace(entry, convert=source.convert)
+
+
+def _calibration(
+    recipe: Recipe,
+    merging: entries.LoRAEntries,
+    model: Any,
+    clip: Any | None,
+    progress: host.Progress,
+    wanted: Wanted,
+    ranks: Ranks,
+) -> tuple[Calibration | None, tuple[Any, ...], loading.Loaded | None]:
+    """The calibration, LoRAs that were converted for it, and the LoRAs as they were calibrated."""
+    if recipe.settings is None:
+        return None, (), None
+    if recipe.calibration_file is not None:
+        return load_calibration(wanted.beside / recipe.calibration_file), (), None
+    then = tuple(
+        entry.with_strengths(*source.calibrated_at) for entry, source in zip(merging, recipe.sources, strict=True)
+    )
+    loaded = loading.load(then, model, clip, progress)
+    check_unsupported(loaded.tasks, cast(Any, recipe.unsupported))
+    calibration = passes.calibrate(loaded, model, clip, _calibration_options(recipe), progress, ranks)
+    if wanted.calibration is not None and ranks.rank == 0:
+        save_calibration(calibration, wanted.calibration, wanted.overwrite)
+    return calibration, pipeline.socket_of(calibration, loaded).known(model), loaded
+
+
+def _calibration_options(recipe: Recipe) -> options.CalibrationOptions:
+    given = dict(recipe.settings or {})
+    values = {**DEFAULTS, **{name: given[name] for name in DEFAULTS if name in given}}
+    if "sigmas" in given and given.get("custom_sigmas", True):
+        values["sigmas"] = torch.tensor([*given["sigmas"], 0.0])  # what follows the last one is not evaluated
+    if "latent" in given and given.get("custom_latent", True):
+        values["latent"] = {"samples": torch.full(tuple(given["latent"]), float(given.get("latent_fill") or 0.0))}
+    return options.calibration_options(values)
+
+
+def _merged(
+    recipe: Recipe,
+    loaded: loading.Loaded,
+    model: Any,
+    clip: Any | None,
+    calibration: Calibration | None,
+    progress: host.Progress,
+) -> tuple[pipeline.Merged, CompressionReport | None]:
+    chosen = options.SolveOptions(
+        recipe.method, recipe.dtype, cast(Any, recipe.unsupported), cast(Any, recipe.unseen_layers), "weights"
+    )
+    merged = pipeline.solve(loaded, model, clip, calibration, chosen, progress)
+    if recipe.compress is None:
+        return merged, None
+    return compressing.compressed(merged.lora.origin, loaded, model, clip, calibration, recipe.compress, progress)
+
+
+def _write_reports(path: Path, merged: pipeline.Merged, report: CompressionReport | None, overwrite: bool) -> None:
+    text, values = merged.report.to_markdown(), merged.report.to_json()
+    if report is not None:
+        text, values = f"{text}\n{report.to_markdown()}", {**values, "compression": report.to_json()}
+    for name, content in zip(_report_paths(path), (text, json.dumps(values, indent=1)), strict=True):
+        with atomic_path(name, overwrite) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """Largest relative difference (Frobenius) of the layers' changes in two merged files; 0: the same.
+
+    Raises:
+        FileError: They hold other tensors.
+    """
+    first, second = read_safetensors(one)[0], read_safetensors(other)[0]
+    if {k: v.shape for k, v in first.items()} != {k: v.shape for k, v in second.items()}:
+        raise FileError("the two files hold other tensors.", file=other.name, remedy="see what their reports say.")
+    worst = 0.0
+    for key in first:
+        pair = _partner(key)
+        if pair is None or pair not in first:
+            if not key.endswith(_DOWNS):
+                worst = max(worst, _distance(first[key].double(), second[key].double()))
+            continue
+        changes = [one[key].double().flatten(1) @ one[pair].double().flatten(1) for one in (first, second)]
+        worst = max(worst, _distance(*changes))
+    return worst
+
+
+_DOWNS = (".lora_down.weight", ".lora_A.weight")
+
+
+def _partner(key: str) -> str | None:
+    """The down that belongs to an up."""
+    for up, down in zip((".lora_up.weight", ".lora_B.weight"), _DOWNS, strict=True):
+        if key.endswith(up):
+            return key.removesuffix(up) + down
+    return None
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / one.norm().clamp_min(1e-300))

@@ -1,0 +1,213 @@
+"""A merge as a document: what a recipe file and a merged file's metadata say alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .adapters import ConvertOptions
+from .compression import CompressOptions
+from .emit import KeyStyle
+from .errors import FileError, IncompatibleError
+from .files import read_metadata
+from .metadata import KEY
+from .methods import METHODS, MergeMethod
+from .recipe_schema import SCHEMA
+from .schema import problems
+
+CONDITIONING = "conditioning:"
+"""Begin of a prompt that stands for a CONDITIONING, whose content no file holds."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One LoRA of a recipe.
+
+    Attributes:
+        name: File name below a loras folder, or a path.
+        strength_model: Strength on the diffusion model.
+        strength_clip: Strength on the text encoder.
+        prompts: Calibration prompts.
+        sha256: Hash of its content, if that is known.
+        calibrated_at: Strengths during calibration.
+        convert: How what is not low-rank is converted.
+    """
+
+    name: str
+    strength_model: float
+    strength_clip: float
+    prompts: tuple[str, ...]
+    sha256: str | None
+    calibrated_at: tuple[float, float]
+    convert: ConvertOptions
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole merge.
+
+    Attributes:
+        sources: The LoRAs.
+        method: How they are merged.
+        model: How model and text encoder are loaded; empty where the file does not say.
+        settings: Of the calibration passes; what is absent is as in SSR Merge. None: no calibration.
+        calibration_file: A saved calibration, instead of passes.
+        calibrated_model: Identity of the model that was calibrated; empty where it is not known.
+        dtype: Of the merged factors.
+        unsupported: What to do about keys that are not low-rank.
+        unseen_layers: What to do about layers that never ran.
+        compress: How much smaller the merge is made.
+        key_style: Names in the file.
+        same_model: False if it was solved from the calibration of another model.
+        remarks: What reading it left out.
+    """
+
+    sources: tuple[Source, ...]
+    method: MergeMethod
+    model: Mapping[str, Any]
+    settings: Mapping[str, Any] | None
+    calibration_file: str | None = None
+    calibrated_model: str = ""
+    dtype: str = "auto"
+    unsupported: str = "refuse"
+    unseen_layers: str = "anchor"
+    compress: CompressOptions | None = None
+    key_style: KeyStyle = "comfy"
+    same_model: bool = True
+    remarks: tuple[str, ...] = field(default=())
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe: a JSON file, or the metadata of a file that SSR-Merge wrote.
+
+    Raises:
+        FileError: The file is missing, damaged, or says nothing of a merge; names every wrong key.
+    """
+    if path.suffix.lower() == ".safetensors":
+        return _from_metadata(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as err:
+        raise FileError(f"cannot read the recipe ({err.strerror}).", file=str(path), remedy="check the path.") from err
+    except ValueError as err:
+        raise FileError(f"the recipe is no JSON ({err}).", file=str(path), remedy="mend it there.") from err
+    return parse_recipe(value, path.name)
+
+
+def _from_metadata(path: Path) -> Recipe:
+    metadata = read_metadata(path)
+    if KEY not in metadata:
+        raise FileError(
+            "its metadata says nothing of a merge.", file=path.name, remedy="choose a file that SSR Save LoRA wrote."
+        )
+    try:
+        value = json.loads(metadata[KEY])
+    except ValueError as err:
+        raise FileError(f"its metadata is damaged ({err}).", file=path.name, remedy="use a recipe file.") from err
+    if isinstance(value, dict):
+        value.setdefault("key_style", metadata.get(f"{KEY}.key_style", "comfy"))
+    return parse_recipe(value, path.name, recorded=True)
+
+
+def parse_recipe(value: Any, name: str, *, recorded: bool = False) -> Recipe:
+    """A recipe from JSON values.
+
+    Args:
+        value: The JSON.
+        name: Of the file, for errors.
+        recorded: Whether it is metadata: unknown keys of a later version are then a remark, no error.
+
+    Raises:
+        FileError: Names every wrong key.
+    """
+    wrong = problems(value, SCHEMA, unknown=not recorded)
+    if wrong:
+        raise _refused(name, wrong)
+    remarks = tuple(f"Ignored, from another version: {one}." for one in problems(value, SCHEMA)) if recorded else ()
+    method = _method(value.get("method", "ssr"), value.get("parameters", {}), name)
+    calibration = value.get("calibration", {} if method.needs_calibration else None)
+    settings = None if calibration is None else calibration.get("settings", {})
+    if recorded and settings is not None:
+        settings = {"sampled_tokens": 0, **settings}  # the first release kept none and did not say so
+    strengths = (calibration or {}).get("strengths", [])
+    sources = tuple(_source(one, index, strengths, value["sources"]) for index, one in enumerate(value["sources"]))
+    hidden = [one.name for one in sources if any(CONDITIONING in prompt for prompt in one.prompts)]
+    if hidden and settings is not None:
+        raise _refused(name, [f"{hidden[0]} was calibrated with a CONDITIONING, whose content is not in the file"])
+    if recorded and settings is not None and settings.get("custom_latent") and settings.get("latent_fill") is None:
+        raise _refused(
+            name, ["it was calibrated on a LATENT with content, or not known to be empty; the file lacks it"]
+        )
+
+    compress = value.get("compress")
+    try:
+        options = None if compress is None else CompressOptions(**compress)
+    except IncompatibleError as err:
+        raise _refused(name, [err.what.rstrip(".")]) from err
+    return Recipe(
+        sources,
+        method,
+        _model(value.get("model") or {}, name),
+        settings,
+        (calibration or {}).get("file"),
+        (calibration or {}).get("model", ""),
+        value.get("dtype", "auto"),
+        value.get("unsupported", "refuse"),
+        value.get("unseen_layers", "anchor"),
+        options,
+        value.get("key_style", "comfy"),
+        value.get("calibrated_on_this_model", True),
+        remarks,
+    )
+
+
+def _refused(name: str, wrong: Sequence[str]) -> FileError:
+    return FileError(
+        f"this cannot be made: {'; '.join(wrong)}.",
+        file=name,
+        remedy="correct the recipe; docs/headless.md and docs/recipe.schema.json say what each key takes.",
+    )
+
+
+def _source(value: Mapping[str, Any], index: int, strengths: Sequence[Any], every: Sequence[Any]) -> Source:
+    model = float(value.get("strength_model", 1.0))
+    clip = float(value.get("strength_clip", model))
+    then = value.get("calibrated_at") or (strengths[index] if len(strengths) == len(every) else (model, clip))
+    convert = value.get("convert", {})
+    return Source(
+        value["name"],
+        model,
+        clip,
+        tuple(value.get("prompts") or ("",)),
+        value.get("sha256"),
+        (float(then[0]), float(then[1])),
+        ConvertOptions(max_rank=0) if convert is None else ConvertOptions(**convert),
+    )
+
+
+def _method(name: str, parameters: Mapping[str, Any], file: str) -> MergeMethod:
+    kind = METHODS[name]
+    known = [one.name for one in fields(kind)]  # type: ignore[arg-type]
+    strange = [key for key in parameters if key not in known]
+    if strange:
+        takes = f"takes {', '.join(known)}" if known else "takes none"
+        raise _refused(file, [f"parameters.{strange[0]} is no parameter of {name}, which {takes}"])
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in parameters.items()}
+    try:
+        return kind(**values)
+    except (IncompatibleError, TypeError, ValueError) as err:
+        raise _refused(file, [f"parameters: {getattr(err, 'what', err)}".rstrip(".")]) from err
+
+
+def _model(value: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    ways = [way for way in ("checkpoint", "unet", "graph") if way in value]
+    if value and len(ways) != 1:
+        raise _refused(name, [f"model has {' and '.join(ways) or 'no'} source; give checkpoint, or unet, or graph"])
+    if "graph" in value and not value.get("model"):
+        raise _refused(name, ["model.model has to be the link [node id, output number] of the MODEL in the graph"])
+    if value.get("clip") and len(value["clip"]) > 4:
+        raise _refused(name, ["model.clip has more than four files"])
+    return value

@@ -1,0 +1,81 @@
+"""One process of a calibration that several share; started by test_ranks.py, and nothing else.
+
+python rank_worker.py <folder for the answer> [lost] [sample]
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+from helpers import task  # noqa: E402
+
+from demo.loras import SIGMA, noise, plant_loras, weight_of  # noqa: E402
+from demo.model import StubTransformer  # noqa: E402
+from ssr_core import (  # noqa: E402
+    LoRALayer,
+    SampleOptions,
+    SSRMerge,
+    SSRMergeError,
+    Target,
+    build_stacks,
+    calibrate_sharded,
+    joined,
+    merge,
+    save_calibration,
+)
+
+PROMPTS = (("a red fox", "a fox in snow", "fox"), ("a glass cat",), ("two teapots", "a teapot on a table"))
+
+
+def world():
+    """The stub transformer in float64, three LoRAs with unequal numbers of prompts."""
+    model = StubTransformer(d=48, depth=1).double()
+    planted = plant_loras(model.float(), [prompts[0] for prompts in PROMPTS], rank=3)
+    model.double()
+    layers = [
+        {
+            Target(path): LoRALayer(down.double(), up.double(), None, weight_of(model, path).shape[2:])
+            for path, (down, up) in one.items()
+        }
+        for one in planted
+    ]
+    return model, [task(f"t{i}", one, prompts=PROMPTS[i]) for i, one in enumerate(layers)]
+
+
+def calibration_of(ranks, before=lambda: None, sample=None):
+    model, tasks = world()
+
+    def run(index, prompt, tap):
+        before()
+        model(noise(7).double(), SIGMA, [tasks[index].prompts[prompt]])
+
+    return tasks, calibrate_sharded(model, tasks, build_stacks(tasks), run, ranks, sample=sample)
+
+
+def main():
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+
+    def leave():
+        if "lost" in sys.argv and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        with joined() as ranks:
+            tasks, calibration = calibration_of(ranks, leave, SampleOptions(8) if "sample" in sys.argv else None)
+            result = merge(tasks, SSRMerge(), calibration)
+            assert result.layers
+            save_calibration(calibration, folder / f"rank{ranks.rank}.safetensors")
+    except SSRMergeError as err:
+        print(err, file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The command as far as it goes without ComfyUI: help, examples, checks, exit codes, from any folder."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACK = Path(__file__).resolve().parents[2]
+
+
+def run(*arguments, pack=PACK, cwd=None, **variables):
+    env = {name: value for name, value in os.environ.items() if name not in ("COMFYUI_PATH", "PYTHONPATH")}
+    command = [sys.executable, str(pack / "headless"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env | variables, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    code, out, _ = run("--example")
+    assert code == 0
+    path = tmp_path_factory.mktemp("recipes") / "recipe.json"
+    path.write_text(out)
+    return path
+
+
+def test_help_names_every_option_and_exit_code():
+    code, out, _ = run("--help")
+    assert code == 0
+    options = (
+        "--comfyui",
+        "--output",
+        "--overwrite",
+        "--save-calibration",
+        "--again",
+        "--check",
+        "--example",
+        "--quiet",
+    )
+    for word in (
+        *options,
+        "--checkpoint",
+        "--unet",
+        "--clip",
+        "--clip-type",
+        "torchrun",
+        "130",
+        "143",
+        "recipe.schema.json",
+    ):
+        assert word in out, word
+
+
+def test_the_example_is_right_from_any_folder_and_by_any_name_of_the_pack(recipe, tmp_path):
+    """Folders called nodes or ssr_core where the command is started do not get in its way."""
+    for name in ("nodes", "ssr_core", "headless"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('the wrong package')")
+    link = tmp_path / "a pack.with odd-name"
+    link.symlink_to(PACK, target_is_directory=True)
+    for pack in (PACK, link):
+        code, out, err = run(recipe, "--check", pack=pack, cwd=tmp_path)
+        assert (code, out) == (0, ""), err
+        assert "the recipe is right" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"sources": []}, "sources has 0 entries"),
+        ({"metod": "ssr"}, "metod is no known key (did you mean method?)"),
+        ({"model": {"unet": "a", "checkpoint": "b"}}, "give checkpoint, or unet, or graph"),
+    ],
+)
+def test_wrong_recipes_are_refused_before_anything_is_loaded(recipe, tmp_path, change, words):
+    path = tmp_path / "wrong.json"
+    path.write_text(json.dumps({**json.loads(recipe.read_text()), **change}))
+    code, out, err = run(path, "--comfyui", tmp_path)
+    assert (code, out) == (2, "") and words in err and "What to do" in err
+    assert "Traceback" not in err
+
+
+def test_wrong_arguments(recipe, tmp_path):
+    for arguments, words in (
+        ((), "a recipe is missing"),
+        ((tmp_path / "absent.json",), "cannot read the recipe"),
+        ((recipe, "--comfyui", tmp_path), "this is no ComfyUI installation"),
+        ((recipe,), "this is no ComfyUI installation"),
+        ((recipe, "--again"), "--again takes a merged .safetensors"),
+        ((recipe, "--bananas"), "unrecognized arguments: --bananas"),
+    ):
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, "") and words in err, (arguments, err)
+
+
+def module():
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("headless_cli", PACK / "headless" / "cli.py")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("local", "visible", "expected"),
+    [("1", None, "1"), ("1", "4,6", "6"), ("1", "3", "3"), ("1", "", ""), ("0", "4,6", "4")],
+)
+def test_every_process_has_its_own_gpu(monkeypatch, local, visible, expected):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", local)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    module()._one_gpu_each()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
