@@ -9,11 +9,16 @@ from .merge_nodes import SSRCalibrate, SSRMergeNode, SSRSolve
 from .nplora_node import SSRNPLoRAMerge
 from .osrm_init_node import SSROSRMInit
 from .osrm_refit_node import SSROSRMRefit
+from .showing import open_routes
 from .storage_nodes import SSRLoadCalibration, SSRSaveCalibration, SSRSaveLoRA
 
 
 class SSRMergeExtension(ComfyExtension):
     """SSR-Merge."""
+
+    async def on_load(self) -> None:
+        """Open the routes that the browser asks."""
+        open_routes()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes of the pack."""

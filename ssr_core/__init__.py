@@ -8,6 +8,7 @@ from .adapters import RESTS, Adapter, Conversion, ConvertOptions, DenseGroup, Ke
 from .advice import prompt_warnings
 from .calibration import Calibration, Calibrator, assemble
 from .calibration_io import load_calibration, save_calibration
+from .compact import compact_report
 from .conversion import Converted, convert, converted_groups
 from .emit import KEY_STYLES, KeyStyle, change_tensors, to_tensors
 from .errors import (
@@ -52,6 +53,7 @@ from .sampling import InputSample, SampleOptions
 from .stacks import LayerStack, Task, build_stacks
 from .taps import Tap
 from .targets import KeyMap, KeyTarget, Part, Target
+from .triggers import TriggerWords, header_metadata, trigger_words
 from .version import VERSION
 
 __all__ = [
@@ -119,6 +121,7 @@ __all__ = [
     "Task",
     "TaskRecord",
     "TextRows",
+    "TriggerWords",
     "VERSION",
     "assemble",
     "atomic_path",
@@ -127,10 +130,12 @@ __all__ = [
     "change_tensors",
     "check_memory",
     "check_unsupported",
+    "compact_report",
     "content_hash",
     "convert",
     "converted_groups",
     "describe",
+    "header_metadata",
     "init_markdown",
     "input_layers",
     "load_calibration",
@@ -148,6 +153,7 @@ __all__ = [
     "save_calibration",
     "tensors_hash",
     "to_tensors",
+    "trigger_words",
     "whole_module",
     "write_safetensors",
 ]
