@@ -48,6 +48,7 @@ class SSRMergeNode(io.ComfyNode):
             node_id="SSRMerge",
             display_name="SSR Merge",
             category=CATEGORY,
+            has_intermediate_output=True,
             description="Merges LoRAs so that each keeps its subject: one short sampling pass for each LoRA shows which "
             "signals belong to it, and a least-squares router sends them there. No training.",
             search_aliases=_ALIASES,
@@ -87,6 +88,7 @@ class SSRCalibrate(io.ComfyNode):
             node_id="SSRCalibrate",
             display_name="SSR Calibrate",
             category=CATEGORY,
+            has_intermediate_output=True,
             description="Runs the calibration passes of SSR Merge once. SSR Solve then merges from them in a second, at "
             "any strength and ridge, with any subset of the LoRAs.",
             search_aliases=[*_ALIASES, "calibration"],
@@ -118,6 +120,7 @@ class SSRSolve(io.ComfyNode):
             node_id="SSRSolve",
             display_name="SSR Solve",
             category=CATEGORY,
+            has_intermediate_output=True,
             description="Merges LoRAs from a calibration, without sampling. Change strengths or settings and run again: "
             "only this node works.",
             search_aliases=[*_ALIASES, "lora strength", "router"],

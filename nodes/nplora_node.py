@@ -28,6 +28,7 @@ class SSRNPLoRAMerge(io.ComfyNode):
             node_id="SSRNPLoRAMerge",
             display_name="NP-LoRA Merge",
             category=CATEGORY,
+            has_intermediate_output=True,
             description="Merges a subject with a style without sampling: the subject's LoRA is taken out of "
             "the directions that the style reads, so that it cannot wash the style out (NP-LoRA, null-space projection).",
             search_aliases=[
