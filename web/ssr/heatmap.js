@@ -3,6 +3,8 @@
 import { h } from "./dom.js";
 import { format } from "./report.js";
 
+/** From which shade on a number is legible in the other colour only, by theme (panel.css has the colours). */
+const TURNS = { dark: 0.5, light: 0.65 };
 const MOVES = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
 
 /**
@@ -15,7 +17,7 @@ const MOVES = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRi
 export function heatmap({ matrix, title, describe, onRead }) {
   const cells = matrix.map((row, i) => row.map((value, j) => cell(value, describe(i, j), onRead)));
   cells[0][0].tabIndex = 0;
-  const header = h("tr", {}, h("td"), ...matrix.map((_, j) => h("th", { scope: "col" }, j + 1)));
+  const header = h("tr", {}, h("td", { role: "presentation" }), ...matrix.map((_, j) => h("th", { scope: "col" }, j + 1)));
   const rows = cells.map((row, i) => h("tr", {}, h("th", { scope: "row" }, i + 1), ...row));
   const grid = h("table", { role: "grid", class: "ssr-heatmap", "aria-label": title }, header, ...rows);
   grid.addEventListener("keydown", (event) => {
@@ -39,7 +41,7 @@ function cell(value, words, onRead) {
     {
       role: "gridcell",
       tabindex: -1,
-      class: shade > 0.5 ? "ssr-cell ssr-high" : "ssr-cell",
+      class: `ssr-cell${shade > TURNS.dark ? " ssr-dark-high" : ""}${shade > TURNS.light ? " ssr-light-high" : ""}`,
       style: { "--ssr-shade": `${Math.round(shade * 100)}%` },
       "aria-label": words,
       on: { pointerenter: read, focus: read },
