@@ -6,6 +6,7 @@ import json
 import threading
 
 import pytest
+
 from .conftest import PACK
 
 NASTY = "<img src=x onerror=window.broken=1>"
@@ -82,7 +83,7 @@ def test_numbers_are_those_of_the_report(page):
     rows = {
         row.get_attribute("data-router"): row.locator("td").inner_text() for row in panel.locator("tbody tr").all()[-4:]
     }
-    assert rows == {"result": "0.609", "sum": "1.573", "average": "0.846", "gains": "–"}
+    assert rows == {"result": "0.609", "sum": "1.573", "average": "0.846", "gains": "\u2013"}
 
 
 def test_cells_are_read_out_by_pointer_and_by_arrow_keys(page):
