@@ -58,7 +58,22 @@ function addElement(node, name, element, height) {
   });
   widget.serialize = false;
   element.style.setProperty("--ssr-height", `${height - 12}px`);
-  return widget;
+  chain(node, "onAdded", () => keepMounted(node, element));
+}
+
+/**
+ * After an undo the Vue renderer goes on showing the elements of the nodes that were there before, because the new
+ * ones have their ids: then ours takes the place of its predecessor.
+ */
+function keepMounted(node, element) {
+  element.dataset.ssrAt = `${node.graph === root() ? "root" : node.graph?.id} ${node.id} ${element.className}`;
+  for (const delay of [0, 100, 500]) {
+    setTimeout(() => {
+      if (element.isConnected || !node.graph) return;
+      const places = document.querySelectorAll(`[data-ssr-at="${CSS.escape(element.dataset.ssrAt)}"]`);
+      [...places].find((other) => other !== element)?.replaceWith(element);
+    }, delay);
+  }
 }
 
 function addPanel(node) {

@@ -44,6 +44,7 @@ BUILD = """async ({loras, prompts, steps, split}) => {
   const report = add('PreviewAny', split ? 1320 : 880, 0);
   last.connect(split ? 3 : 4, report, 0);
   await pause();
+  for (const node of app.graph.nodes) node.setSize([node.size[0], node.computeSize()[1]]);
   return {work: work.id, last: last.id, report: report.id};
 }"""
 

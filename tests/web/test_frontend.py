@@ -189,6 +189,22 @@ def test_everything_is_there_after_a_reload(desk, shots):
     desk.shot(shots, "reloaded")
 
 
+def test_panels_survive_undo(desk):
+    """The Vue renderer keeps old elements for new nodes of the same ids."""
+    desk.build(NAMES[:2], PROMPTS[:2])
+    desk.page.mouse.click(1300, 850)
+    desk.page.evaluate("() => { app.graph.nodes.find((n) => n.type === 'SSRMerge').title = 'other'; }")
+    desk.page.mouse.click(1310, 860)
+    desk.page.wait_for_timeout(500)
+    desk.page.keyboard.press("Control+z")
+    desk.page.wait_for_timeout(1500)
+    assert desk.page.evaluate("() => app.graph.nodes.find((n) => n.type === 'SSRMerge').title") == "SSR Merge"
+    elements = "() => app.graph.nodes.flatMap((n) => n.widgets.filter((w) => w.type === 'ssr_merge').map((w) => w.element.isConnected))"
+    assert desk.page.evaluate(elements) == [True, True, True]
+    desk.run()
+    desk.panel().get_by_role("grid", name="This merge").wait_for()
+
+
 def test_trigger_words_become_a_prompt(desk, shots):
     desk.build(("dog",), ("a photo of",))
     words = desk.page.locator(".ssr-triggers")
