@@ -54,6 +54,7 @@ function addElement(node, name, element, height) {
     serialize: false,
     hideInPanel: true,
     getMinHeight: () => height,
+    getMaxHeight: () => height, // else the frontend's preview below would take room from it
     margin: 6,
   });
   widget.serialize = false;

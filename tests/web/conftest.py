@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -49,11 +48,9 @@ def shots(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("comfyui")
-    for folder in ("models/diffusion_models", "models/loras", "custom_nodes", "input", "output", "user", "temp"):
-        (root / folder).mkdir(parents=True)
-    tiny = PACK / "tests" / "host" / "tiny"
-    shutil.copytree(tiny, root / "custom_nodes" / "tiny", ignore=shutil.ignore_patterns("__pycache__"))
-    (root / "custom_nodes" / "ssr-merge").symlink_to(PACK, target_is_directory=True)
+    from worlds import furnish
+
+    furnish(root)
     return root
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from workflow_parts import FLUX, SDXL, WAN, lora, note, sampling, wan_sampling
+from workflow_parts import FLUX, SDXL, WAN, lora, moved, note, sampling, wan_sampling
 
+TOGETHER = "a photo of sks dog and zwx cat sitting together on a sofa"
 ONE = lora("one", 300, "subject_one.safetensors", "a photo of sks dog\nsks dog sitting in a garden", "First subject")
-TWO = lora("two", 690, "subject_two.safetensors", "a photo of zwx cat\nzwx cat lying on a sofa", "Second subject")
+TWO = lora("two", 740, "subject_two.safetensors", "a photo of zwx cat\nzwx cat lying on a sofa", "Second subject")
 MERGE = {"model": "ckpt.0", "clip": "ckpt.1", "loras.lora0": "one.0", "loras.lora1": "two.0"}
 
 GRAPHS = {
@@ -14,8 +15,8 @@ GRAPHS = {
         ONE,
         TWO,
         ("merge", "SSRMerge", 440, 150, {"width": 512, "height": 512}, MERGE, None),
-        ("report", "PreviewAny", 440, 900, {}, {"source": "merge.4"}, "Report"),
-        *sampling("a", "merge.0", "merge.1", "ckpt.2", 0, "a photo of sks dog and zwx cat sitting together on a sofa"),
+        ("report", "PreviewAny", 440, 1040, {}, {"source": "merge.4"}, "Report"),
+        *sampling("a", "merge.0", "merge.1", "ckpt.2", 0, TOGETHER),
         note(
             "note",
             0,
@@ -27,7 +28,7 @@ GRAPHS = {
     "subject_and_style": [
         *FLUX,
         lora("one", 480, "subject_one.safetensors", "a photo of sks dog", "Subject"),
-        lora("two", 870, "style.safetensors", "a landscape in wtrclr style", "Style"),
+        lora("two", 920, "style.safetensors", "a landscape in wtrclr style", "Style"),
         (
             "merge",
             "SSRMerge",
@@ -37,7 +38,7 @@ GRAPHS = {
             {"model": "unet.0", "clip": "clips.0", "loras.lora0": "one.0", "loras.lora1": "two.0"},
             None,
         ),
-        ("report", "PreviewAny", 440, 900, {}, {"source": "merge.4"}, "Report"),
+        ("report", "PreviewAny", 440, 1040, {}, {"source": "merge.4"}, "Report"),
         *sampling("a", "merge.0", "merge.1", "vae.0", 0, "sks dog in a meadow, in wtrclr style", flux=True),
         note(
             "note",
@@ -50,7 +51,7 @@ GRAPHS = {
     "np_lora_subject_and_style": [
         *FLUX,
         lora("one", 480, "subject_one.safetensors", "", "Subject"),
-        lora("two", 870, "style.safetensors", "", "Style"),
+        lora("two", 920, "style.safetensors", "", "Style"),
         (
             "merge",
             "SSRNPLoRAMerge",
@@ -80,8 +81,8 @@ GRAPHS = {
         (
             "solve1",
             "SSRSolve",
-            440,
-            420,
+            900,
+            0,
             {"strengths": "1.0\n1.0"},
             {"model": "ckpt.0", "clip": "ckpt.1", "calibration": "calibrate.0"},
             "Solve: equal",
@@ -89,18 +90,14 @@ GRAPHS = {
         (
             "solve2",
             "SSRSolve",
-            440,
-            960,
+            900,
+            680,
             {"strengths": "0.7\n1.0"},
             {"model": "ckpt.0", "clip": "ckpt.1", "calibration": "calibrate.0"},
             "Solve: first one weaker",
         ),
-        *sampling(
-            "a", "solve1.0", "solve1.1", "ckpt.2", 0, "a photo of sks dog and zwx cat sitting together on a sofa"
-        ),
-        *sampling(
-            "b", "solve2.0", "solve2.1", "ckpt.2", 720, "a photo of sks dog and zwx cat sitting together on a sofa"
-        ),
+        *moved(440, sampling("a", "solve1.0", "solve1.1", "ckpt.2", 0, TOGETHER)),
+        *moved(440, sampling("b", "solve2.0", "solve2.1", "ckpt.2", 720, TOGETHER)),
         note(
             "note",
             0,
@@ -133,12 +130,7 @@ GRAPHS = {
             {"model": "ckpt.0", "lora": "merge.2"},
             "The merged LoRA is an ordinary LoRA",
         ),
-        *[
-            (n, t, x + 500, y, w, li, ti)
-            for n, t, x, y, w, li, ti in sampling(
-                "a", "use.0", "merge.1", "ckpt.2", 0, "a photo of sks dog and zwx cat sitting together on a sofa"
-            )
-        ],
+        *moved(500, sampling("a", "use.0", "merge.1", "ckpt.2", 0, TOGETHER)),
         note(
             "note",
             0,
@@ -166,7 +158,7 @@ GRAPHS = {
             "merge2",
             "SSRMerge",
             860,
-            700,
+            740,
             {},
             {"model": "shift2.0", "clip": "clip.0", "loras.lora0": "two.0", "sigmas": "split.1"},
             "Low",
@@ -196,12 +188,7 @@ GRAPHS = {
             {"model": "ckpt.0", "clip": "ckpt.1", "loras.lora0": "refit.0"},
             None,
         ),
-        *[
-            (n, t, x + 440, y, w, li, ti)
-            for n, t, x, y, w, li, ti in sampling(
-                "a", "merge.0", "merge.1", "ckpt.2", 0, "a photo of sks dog and zwx cat sitting together on a sofa"
-            )
-        ],
+        *moved(440, sampling("a", "merge.0", "merge.1", "ckpt.2", 0, TOGETHER)),
         note(
             "note",
             0,
