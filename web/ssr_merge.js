@@ -13,7 +13,7 @@ import { wordsFor } from "./ssr/text.js";
 import { createTriggers } from "./ssr/triggers.js";
 
 const PANEL_NODES = new Set(["SSRMerge", "SSRCalibrate", "SSRSolve", "SSRNPLoRAMerge"]);
-const PANEL_HEIGHT = 280;
+const PANEL_HEIGHT = 312;
 const TRIGGERS_HEIGHT = 66;
 const WIDTH = 380; // two matrices of three LoRAs side by side
 
@@ -77,6 +77,14 @@ function keepMounted(node, element) {
   }
 }
 
+/** As large as its widgets need: new nodes, and those of workflows saved before there was a panel. */
+function makeRoom(node, width = 0) {
+  const [, least] = node.computeSize?.() ?? node.size;
+  // The Vue renderer measures heights by itself.
+  const height = window.LiteGraph?.vueNodesMode ? node.size[1] : Math.max(node.size[1], least);
+  if (height > node.size[1] || width > node.size[0]) node.setSize?.([Math.max(node.size[0], width), height]);
+}
+
 function addPanel(node) {
   const text = words();
   const host = {
@@ -91,7 +99,7 @@ function addPanel(node) {
   };
   const panel = createPanel({ words: text, lorasView: () => lorasView(node, text, host) });
   addElement(node, "ssr_panel", panel.element, PANEL_HEIGHT);
-  node.setSize?.([Math.max(node.size[0], WIDTH), node.size[1]]);
+  makeRoom(node, WIDTH);
   panels.set(node, panel);
   panel.element.addEventListener("pointerenter", () => !panel.element.contains(document.activeElement) && panel.refreshLoras());
   chain(node, "onConnectionsChange", () => setTimeout(() => panel.refreshLoras()));
@@ -112,6 +120,7 @@ async function loraFiles() {
 function addTriggers(node) {
   const shown = createTriggers(node, words(), api, edit);
   addElement(node, "ssr_triggers", shown.element, TRIGGERS_HEIGHT);
+  makeRoom(node);
   triggers.set(node, shown);
   const widget = widgetOf(node, "lora");
   if (widget) chain(widget, "callback", () => shown.refresh());
@@ -167,6 +176,7 @@ function hasSameNodes(workflow) {
 async function restore() {
   const graph = graphId();
   for (const [id, node] of allNodes(root())) {
+    if (panels.has(node) || triggers.has(node)) makeRoom(node);
     triggers.get(node)?.refresh();
     const panel = panels.get(node);
     if (!panel) continue;

@@ -233,6 +233,23 @@ def test_zoomed_and_in_the_light_theme(desk, shots):
     desk.page.evaluate("() => app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
 
 
+def test_nodes_have_room_for_what_they_show(desk):
+    """Fresh ones, and those of a workflow that was saved before there was a panel."""
+    if desk.renderer == "vue":
+        pytest.skip("the Vue renderer measures nodes by itself")
+    needs = "() => app.graph.nodes.filter((n) => n.type.startsWith('SSR')).map((n) => n.size[1] >= n.computeSize()[1])"
+    desk.page.evaluate(
+        """() => { app.graph.clear(); for (const [i, t] of ['SSRMerge', 'SSRLoRA'].entries()) {
+             const n = LiteGraph.createNode(t); n.pos = [i * 600, 0]; app.graph.add(n); } }"""
+    )
+    assert desk.page.evaluate(needs) == [True, True]
+    desk.page.evaluate(
+        "async () => { const g = app.graph.serialize(); for (const n of g.nodes) n.size[1] = 100; await app.loadGraphData(g); }"
+    )
+    desk.page.wait_for_timeout(800)
+    assert desk.page.evaluate(needs) == [True, True]
+
+
 def test_other_nodes_are_left_alone(desk):
     desk.page.evaluate("() => app.graph.clear()")
     names = desk.page.evaluate(

@@ -75,7 +75,9 @@ def test_every_example_opens_from_the_template_browser(desk, shots):
         desk.page.wait_for_function("() => app.graph.nodes.some((n) => n.type.startsWith('SSR'))", timeout=15_000)
         desk.page.wait_for_timeout(1200)
         desk.page.keyboard.press("Escape")
-        missing = desk.page.evaluate("() => app.graph.nodes.filter((n) => !LiteGraph.registered_node_types[n.type]).map((n) => n.type)")
+        missing = desk.page.evaluate(
+            "() => app.graph.nodes.filter((n) => !LiteGraph.registered_node_types[n.type]).map((n) => n.type)"
+        )
         assert missing == [], name
         desk.shot(shots, f"workflow_{name}")
         desk.page.evaluate("() => app.graph.clear()")
