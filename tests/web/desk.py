@@ -59,6 +59,7 @@ class Desk:
         write_settings(self.server.url, {"Comfy.VueNodes.Enabled": self.renderer == "vue"})
         self.context = self.browser.new_context(viewport={"width": 1600, "height": 1000})
         self.page = self.context.new_page()
+        self.page.set_default_timeout(90_000)  # a machine that others use too
         watch(self.page)
         self.page.goto(self.server.url)
         self.ready()
@@ -68,7 +69,7 @@ class Desk:
         self.context.close()
 
     def ready(self) -> None:
-        self.page.wait_for_function("window.app?.graph && window.app.extensionManager", timeout=60_000)
+        self.page.wait_for_function("window.app?.graph && window.app.extensionManager", timeout=120_000)
         self.page.wait_for_timeout(1500)
         self.page.evaluate(
             """() => { window.seen = []; for (const e of ['executing', 'executed', 'execution_success', 'execution_error',
