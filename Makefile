@@ -44,7 +44,7 @@ lint-web:
 	else node_modules/.bin/eslint web tests/web; fi
 
 SHOTS ?=
-test-web: $(STAMP)
+test-web: $(if $(COMFYUI_PATH),,$(STAMP))
 	@if command -v node > /dev/null; then node --test tests/web/modules/; \
 	else echo "SKIPPED tests/web/modules: node is not installed"; fi
 	COMFYUI_PATH=$(COMFYUI_PATH) SSR_SHOTS=$(SHOTS) $(if $(COMFYUI_PATH),$(HOST_PYTHON),$(PY)) -m pytest tests/web -rs \
