@@ -4,12 +4,14 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-images test lint test-host compatibility bench-padding bench-batching bench-conversion bench-quantised bench-speed bench-quality bench-records bench-smoke clean help bench-compression bench-ranks
+.PHONY: demo demo-images test lint test-host compatibility bench-padding bench-batching bench-conversion bench-quantised bench-speed bench-quality bench-records bench-smoke clean help bench-compression bench-ranks lint-web test-web
 
 help:
 	@echo "make demo                            merge three small LoRAs, results in demo_output/"
 	@echo "make test                            everything that needs no ComfyUI"
 	@echo "make lint                            ruff and a strict type check"
+	@echo "make lint-web, make test-web         the browser's modules, where node is installed (npm install once for the linter)"
+	@echo "make test-web COMFYUI_PATH=<path>    the real frontend in Chromium too (HOST_PYTHON=its python with playwright; SHOTS=<folder>)"
 	@echo "make test-host COMFYUI_PATH=<path>   the real ComfyUI: loaders, server, KSampler (HOST_PYTHON=its python, ARGS='-k name')"
 	@echo "make compatibility COMFYUI_PATH=<path>  run every cell of docs/compatibility.md and write it anew"
 	@echo "make bench-padding, bench-batching, bench-conversion   measurements behind defaults (docs/benchmarks/)"
@@ -42,6 +44,19 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# Without node, a browser or a ComfyUI checkout each part says that it was skipped.
+lint-web:
+	@if ! command -v node > /dev/null; then echo "SKIPPED lint-web: node is not installed"; \
+	elif [ ! -d node_modules/eslint ]; then echo "SKIPPED lint-web: run npm install --no-package-lock first"; \
+	else node_modules/.bin/eslint web tests/web; fi
+
+SHOTS ?=
+test-web: $(if $(COMFYUI_PATH),,$(STAMP))
+	@if command -v node > /dev/null; then node --test tests/web/modules/; \
+	else echo "SKIPPED tests/web/modules: node is not installed"; fi
+	COMFYUI_PATH=$(COMFYUI_PATH) SSR_SHOTS=$(SHOTS) $(if $(COMFYUI_PATH),$(HOST_PYTHON),$(PY)) -m pytest tests/web -rs \
+	    -p no:cacheprovider $(ARGS)
 
 # Runs in ComfyUI's own Python with pytest (and playwright and Debian's chromium, for the example workflows):
 # set HOST_PYTHON where it is not the one on the path; ARGS="-k name" selects tests.

@@ -14,12 +14,17 @@ from .osrm_init_node import SSROSRMInit
 from .osrm_refit_node import SSROSRMRefit
 from .record_nodes import SSRMergeFromRecords, SSRRecord
 from .report_node import SSRReport
+from .showing import open_routes
 from .storage_nodes import SSRLoadCalibration, SSRSaveCalibration, SSRSaveLoRA
 from .update_nodes import SSRCombineCalibrations, SSREditCalibration
 
 
 class SSRMergeExtension(ComfyExtension):
     """SSR-Merge."""
+
+    async def on_load(self) -> None:
+        """Open the routes that the browser asks."""
+        open_routes()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes of the pack."""

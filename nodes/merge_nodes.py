@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..ssr_core import check_unsupported
 from . import host, passes, pipeline
@@ -22,6 +22,7 @@ from .inputs import (
 )
 from .loading import load
 from .options import calibration_options, solve_method, solve_options
+from .showing import calibration_ui, merge_ui
 
 _CLIP_TIP = "Encodes the prompts; its LoRA layers are merged too. Not needed if every SSR LoRA has a CONDITIONING."
 _ALIASES = ["merge lora", "lora merge", "combine characters", "combine loras", "two characters", "identity bleed"]
@@ -47,6 +48,7 @@ class SSRMergeNode(io.ComfyNode):
             node_id="SSRMerge",
             display_name="SSR Merge",
             category=CATEGORY,
+            has_intermediate_output=True,
             description="Merges LoRAs so that each keeps its subject: one short sampling pass for each LoRA shows which "
             "signals belong to it, and a least-squares router sends them there. No training.",
             search_aliases=_ALIASES,
@@ -73,7 +75,7 @@ class SSRMergeNode(io.ComfyNode):
         merged = pipeline.solve(loaded, model, clip, calibration, options, progress)
         text = merged.report.to_markdown()
         socket = pipeline.socket_of(calibration, loaded)
-        return io.NodeOutput(merged.model, merged.clip, merged.lora, socket, text, ui=ui.PreviewText(text))
+        return io.NodeOutput(merged.model, merged.clip, merged.lora, socket, text, ui=merge_ui(merged.report, text))
 
 
 class SSRCalibrate(io.ComfyNode):
@@ -86,6 +88,7 @@ class SSRCalibrate(io.ComfyNode):
             node_id="SSRCalibrate",
             display_name="SSR Calibrate",
             category=CATEGORY,
+            has_intermediate_output=True,
             description="Runs the calibration passes of SSR Merge once. SSR Solve then merges from them in a second, at "
             "any strength and ridge, with any subset of the LoRAs.",
             search_aliases=[*_ALIASES, "calibration"],
@@ -104,7 +107,7 @@ class SSRCalibrate(io.ComfyNode):
         calibration = passes.calibrate(loaded, model, clip, calibration_options(values), progress)
         socket = pipeline.socket_of(calibration, loaded)
         text = pipeline.calibration_report(socket)
-        return io.NodeOutput(socket, text, ui=ui.PreviewText(text))
+        return io.NodeOutput(socket, text, ui=calibration_ui(socket, text))
 
 
 class SSRSolve(io.ComfyNode):
@@ -117,6 +120,7 @@ class SSRSolve(io.ComfyNode):
             node_id="SSRSolve",
             display_name="SSR Solve",
             category=CATEGORY,
+            has_intermediate_output=True,
             description="Merges LoRAs from a calibration, without sampling. Change strengths or settings and run again: "
             "only this node works.",
             search_aliases=[*_ALIASES, "lora strength", "router"],
@@ -157,4 +161,4 @@ class SSRSolve(io.ComfyNode):
         options = solve_options(values, solve_method(values))
         merged = pipeline.solve(loaded, model, clip, calibration.calibration, options, progress)
         text = merged.report.to_markdown()
-        return io.NodeOutput(merged.model, merged.clip, merged.lora, text, ui=ui.PreviewText(text))
+        return io.NodeOutput(merged.model, merged.clip, merged.lora, text, ui=merge_ui(merged.report, text))

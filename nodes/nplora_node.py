@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..ssr_core import DIRECTIONS, IncompatibleError, NPLoRAMerge, check_unsupported
 from . import host, pipeline
@@ -12,6 +12,7 @@ from .entries import LoRAEntries
 from .inputs import CATEGORY, MODEL_TIP, SSR_CALIBRATION, SSR_LORA, merge_outputs, result_inputs
 from .loading import acting, load
 from .options import solve_options
+from .showing import merge_ui
 
 SIDES = ("style", "content")
 _DEFAULTS = NPLoRAMerge()
@@ -27,6 +28,7 @@ class SSRNPLoRAMerge(io.ComfyNode):
             node_id="SSRNPLoRAMerge",
             display_name="NP-LoRA Merge",
             category=CATEGORY,
+            has_intermediate_output=True,
             description="Merges a subject with a style without sampling: the subject's LoRA is taken out of "
             "the directions that the style reads, so that it cannot wash the style out (NP-LoRA, null-space projection).",
             search_aliases=[
@@ -98,7 +100,7 @@ class SSRNPLoRAMerge(io.ComfyNode):
         statistics = None if calibration is None else calibration.calibration
         merged = pipeline.solve(loaded, model, clip, statistics, options, progress)
         text = merged.report.to_markdown()
-        return io.NodeOutput(merged.model, merged.clip, merged.lora, text, ui=ui.PreviewText(text))
+        return io.NodeOutput(merged.model, merged.clip, merged.lora, text, ui=merge_ui(merged.report, text))
 
 
 def _method(values: dict[str, Any], contents: int, styles: int) -> NPLoRAMerge:

@@ -142,8 +142,11 @@ class Passes:
                 return
             model = alone(self.loaded, index, "model", self.model, self.core_keys[0])
             tap.prepare(model.load_device, host.activation_dtype(model))
-            for conditioning, rows in prepared:
+            names = tuple(task.name for task in self.loaded.tasks)
+            for number, (conditioning, rows) in enumerate(prepared):
                 host.check_cancel()
+                steps = len(self.sigmas) - 1
+                self.progress.doing(host.Activity("calibrate", names, index, number, len(prepared), steps))
                 tap.describe_text(rows)
                 host.run_calibration_pass(
                     model,

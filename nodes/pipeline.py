@@ -48,6 +48,15 @@ class CalibrationSocket(NamedTuple):
         """Converted LoRAs, if this is the model that they were converted for."""
         return self.converted if self.converted and self.calibration.model == model_identity(model) else ()
 
+    def tokens_of(self, index: int) -> list[float]:
+        """Tokens that one LoRA's passes gave each layer that it shares with others."""
+        stack_tasks = self.calibration.stack_tasks
+        return [
+            float(stats.tokens[stack_tasks[target].index(index)])
+            for target, stats in self.calibration.stats.items()
+            if index in stack_tasks[target]
+        ]
+
 
 class MergedLoRA(dict[str, Tensor]):
     """Core's LORA_MODEL (a plain dict of tensors) that also remembers how it came about."""
@@ -88,6 +97,7 @@ def solve(
 ) -> Merged:
     """Merge, and put the result onto clones of MODEL and CLIP."""
     begin = progress.reached
+    progress.doing(host.Activity("solve", tuple(task.name for task in loaded.tasks)))
     result = merge(
         loaded.tasks,
         options.method,
@@ -220,11 +230,7 @@ def calibration_report(socket: CalibrationSocket) -> str:
     layers = calibration.stats
     lines = ["# SSR-Merge calibration", "", f"{len(layers)} layers are shared by two or more LoRAs.", ""]
     for index, record in enumerate(calibration.tasks):
-        tokens = [
-            float(stats.tokens[calibration.stack_tasks[target].index(index)])
-            for target, stats in layers.items()
-            if index in calibration.stack_tasks[target]
-        ]
+        tokens = socket.tokens_of(index)
         unseen = sum(count == 0 for count in tokens)
         lines.append(
             f"- **{record.name}** at {record.strength_model:g} (CLIP {record.strength_clip:g}): {len(tokens)} layers, "

@@ -9,6 +9,7 @@ from .advice import prompt_warnings
 from .calibration import Calibration, Calibrator, assemble
 from .calibration_io import load_calibration, save_calibration
 from .combining import combine
+from .compact import compact_report
 from .compare import Comparison, compare
 from .compression import LIMITS, CompressOptions, Limit, compress, plain_bytes
 from .compression_report import CompressedLayer, CompressionReport
@@ -69,6 +70,7 @@ from .signals.sketch import RecordOptions
 from .stacks import LayerStack, Task, build_stacks
 from .taps import Tap
 from .targets import KeyMap, KeyTarget, Part, Target
+from .triggers import TriggerWords, header_metadata, trigger_words
 from .updates import extend, keep, without
 from .version import VERSION
 
@@ -161,6 +163,7 @@ __all__ = [
     "Task",
     "TaskRecord",
     "TextRows",
+    "TriggerWords",
     "VERSION",
     "assemble",
     "atomic_path",
@@ -175,6 +178,7 @@ __all__ = [
     "combine",
     "compare",
     "compress",
+    "compact_report",
     "content_hash",
     "convert",
     "converted_groups",
@@ -182,6 +186,7 @@ __all__ = [
     "extend",
     "finished",
     "from_records",
+    "header_metadata",
     "init_markdown",
     "input_layers",
     "keep",
@@ -210,6 +215,7 @@ __all__ = [
     "tensors_hash",
     "to_tensors",
     "unknown_share",
+    "trigger_words",
     "whole_module",
     "without",
     "with_recipe",

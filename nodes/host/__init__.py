@@ -5,16 +5,20 @@ from .files import load_file, lora_files, lora_path, numbered_file, output_direc
 from .graph import packs_of
 from .latents import SCHEDULERS, empty_latent, prepare_latent, shared_noise, step_sigmas
 from .names import CoreKeyMap, convert_names, core_key_map, key_map, lora_adapter, read_patches
-from .progress import Progress
+from .news import announce, answer
+from .progress import Activity, Progress
 from .running import around_sampling, layers_called_as_modules, run_calibration_pass
 from .text import encode, text_rows
 from .weights import change_of, current_weight, patches_of
 
 __all__ = [
     "SCHEDULERS",
+    "Activity",
     "CoreKeyMap",
     "Progress",
     "activation_dtype",
+    "announce",
+    "answer",
     "around_sampling",
     "change_of",
     "check_cancel",

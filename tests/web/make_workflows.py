@@ -50,12 +50,24 @@ BUILD = """async (nodes) => {
 }"""
 
 
+def overlaps(graph: dict) -> list[tuple[str, str]]:
+    """Pairs of nodes that lie on each other, titles included."""
+    boxes = [(n["type"], n["pos"][0], n["pos"][1] - 30, *n["size"]) for n in graph["nodes"]]
+    return [
+        (a[0], b[0])
+        for i, a in enumerate(boxes)
+        for b in boxes[:i]
+        if a[1] < b[1] + b[3] and b[1] < a[1] + a[3] and a[2] < b[2] + b[4] + 30 and b[2] < a[2] + a[4] + 30
+    ]
+
+
 def main() -> None:
     """Write all graphs, each from a page of its own: the frontend keeps widget values by node id across graphs."""
     OUT.mkdir(exist_ok=True)
     for name, nodes in (GRAPHS | RECORD_GRAPHS).items():
         with comfy_page(sys.argv[1]) as page:
             graph = page.evaluate(BUILD, nodes)
+            assert not overlaps(graph), (name, overlaps(graph))
             (OUT / f"{name}.json").write_text(json.dumps(graph, indent=1), encoding="utf-8")
             print(name, len(graph["nodes"]), "nodes", page.messages[:5])
 

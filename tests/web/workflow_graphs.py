@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from compress_graph import COMPRESS
-from workflow_parts import FLUX, SDXL, WAN, lora, note, sampling, wan_sampling
+from workflow_parts import FLUX, SDXL, WAN, lora, moved, note, sampling, wan_sampling
 
+TOGETHER = "a photo of sks dog and zwx cat sitting together on a sofa"
 ONE = lora("one", 300, "subject_one.safetensors", "a photo of sks dog\nsks dog sitting in a garden", "First subject")
-TWO = lora("two", 690, "subject_two.safetensors", "a photo of zwx cat\nzwx cat lying on a sofa", "Second subject")
+TWO = lora("two", 740, "subject_two.safetensors", "a photo of zwx cat\nzwx cat lying on a sofa", "Second subject")
 MERGE = {"model": "ckpt.0", "clip": "ckpt.1", "loras.lora0": "one.0", "loras.lora1": "two.0"}
 
 GRAPHS = {
@@ -15,8 +16,8 @@ GRAPHS = {
         ONE,
         TWO,
         ("merge", "SSRMerge", 440, 150, {"width": 512, "height": 512}, MERGE, None),
-        ("report", "PreviewAny", 440, 900, {}, {"source": "merge.4"}, "Report"),
-        *sampling("a", "merge.0", "merge.1", "ckpt.2", 0, "a photo of sks dog and zwx cat sitting together on a sofa"),
+        ("report", "PreviewAny", 440, 1080, {}, {"source": "merge.4"}, "Report"),
+        *sampling("a", "merge.0", "merge.1", "ckpt.2", 0, TOGETHER),
         note(
             "note",
             0,
@@ -28,7 +29,7 @@ GRAPHS = {
     "subject_and_style": [
         *FLUX,
         lora("one", 480, "subject_one.safetensors", "a photo of sks dog", "Subject"),
-        lora("two", 870, "style.safetensors", "a landscape in wtrclr style", "Style"),
+        lora("two", 920, "style.safetensors", "a landscape in wtrclr style", "Style"),
         (
             "merge",
             "SSRMerge",
@@ -38,7 +39,7 @@ GRAPHS = {
             {"model": "unet.0", "clip": "clips.0", "loras.lora0": "one.0", "loras.lora1": "two.0"},
             None,
         ),
-        ("report", "PreviewAny", 440, 900, {}, {"source": "merge.4"}, "Report"),
+        ("report", "PreviewAny", 440, 1080, {}, {"source": "merge.4"}, "Report"),
         *sampling("a", "merge.0", "merge.1", "vae.0", 0, "sks dog in a meadow, in wtrclr style", flux=True),
         note(
             "note",
@@ -51,7 +52,7 @@ GRAPHS = {
     "np_lora_subject_and_style": [
         *FLUX,
         lora("one", 480, "subject_one.safetensors", "", "Subject"),
-        lora("two", 870, "style.safetensors", "", "Style"),
+        lora("two", 920, "style.safetensors", "", "Style"),
         (
             "merge",
             "SSRNPLoRAMerge",
@@ -61,7 +62,7 @@ GRAPHS = {
             {"model": "unet.0", "clip": "clips.0", "content": "one.0", "style": "two.0"},
             None,
         ),
-        ("report", "PreviewAny", 440, 900, {}, {"source": "merge.3"}, "Report"),
+        ("report", "PreviewAny", 440, 940, {}, {"source": "merge.3"}, "Report"),
         ("savelora", "SSRSaveLoRA", 900, 760, {"filename_prefix": "loras/dog_in_style"}, {"lora": "merge.2"}, None),
         *sampling("a", "merge.0", "merge.1", "vae.0", 0, "sks dog in a meadow, in wtrclr style", flux=True),
         note(
@@ -81,8 +82,8 @@ GRAPHS = {
         (
             "solve1",
             "SSRSolve",
-            440,
-            420,
+            900,
+            0,
             {"strengths": "1.0\n1.0"},
             {"model": "ckpt.0", "clip": "ckpt.1", "calibration": "calibrate.0"},
             "Solve: equal",
@@ -90,18 +91,14 @@ GRAPHS = {
         (
             "solve2",
             "SSRSolve",
-            440,
-            960,
+            900,
+            720,
             {"strengths": "0.7\n1.0"},
             {"model": "ckpt.0", "clip": "ckpt.1", "calibration": "calibrate.0"},
             "Solve: first one weaker",
         ),
-        *sampling(
-            "a", "solve1.0", "solve1.1", "ckpt.2", 0, "a photo of sks dog and zwx cat sitting together on a sofa"
-        ),
-        *sampling(
-            "b", "solve2.0", "solve2.1", "ckpt.2", 720, "a photo of sks dog and zwx cat sitting together on a sofa"
-        ),
+        *moved(440, sampling("a", "solve1.0", "solve1.1", "ckpt.2", 0, TOGETHER)),
+        *moved(440, sampling("b", "solve2.0", "solve2.1", "ckpt.2", 760, TOGETHER)),
         note(
             "note",
             0,
@@ -162,12 +159,7 @@ GRAPHS = {
             {"model": "ckpt.0", "lora": "merge.2"},
             "The merged LoRA is an ordinary LoRA",
         ),
-        *[
-            (n, t, x + 500, y, w, li, ti)
-            for n, t, x, y, w, li, ti in sampling(
-                "a", "use.0", "merge.1", "ckpt.2", 0, "a photo of sks dog and zwx cat sitting together on a sofa"
-            )
-        ],
+        *moved(500, sampling("a", "use.0", "merge.1", "ckpt.2", 0, TOGETHER)),
         note(
             "note",
             0,
@@ -196,7 +188,7 @@ GRAPHS = {
             "merge2",
             "SSRMerge",
             860,
-            700,
+            780,
             {},
             {"model": "shift2.0", "clip": "clip.0", "loras.lora0": "two.0", "sigmas": "split.1"},
             "Low",
@@ -226,12 +218,7 @@ GRAPHS = {
             {"model": "ckpt.0", "clip": "ckpt.1", "loras.lora0": "refit.0"},
             None,
         ),
-        *[
-            (n, t, x + 440, y, w, li, ti)
-            for n, t, x, y, w, li, ti in sampling(
-                "a", "merge.0", "merge.1", "ckpt.2", 0, "a photo of sks dog and zwx cat sitting together on a sofa"
-            )
-        ],
+        *moved(440, sampling("a", "merge.0", "merge.1", "ckpt.2", 0, TOGETHER)),
         note(
             "note",
             0,

@@ -137,3 +137,8 @@ def sampling(
 def note(name: str, x: int, y: int, text: str) -> tuple:
     """A note in Markdown."""
     return (name, "MarkdownNote", x, y, {"": text}, {}, "Read me")
+
+
+def moved(by: int, nodes: list) -> list:
+    """The same nodes further to the right."""
+    return [(name, kind, x + by, *rest) for name, kind, x, *rest in nodes]
