@@ -7,7 +7,7 @@ from workflow_parts import SDXL, lora, note, sampling
 COMPRESS = [
     *SDXL,
     lora("one", 300, "subject_one.safetensors", "a photo of sks dog", "First subject"),
-    lora("two", 690, "subject_two.safetensors", "a photo of zwx cat", "Second subject"),
+    lora("two", 740, "subject_two.safetensors", "a photo of zwx cat", "Second subject"),
     (
         "merge",
         "SSRMerge",
@@ -26,8 +26,8 @@ COMPRESS = [
         {"model": "ckpt.0", "clip": "ckpt.1", "lora": "merge.2", "calibration": "merge.3"},
         None,
     ),
-    ("save", "SSRSaveLoRA", 900, 420, {"filename_prefix": "loras/dog_and_cat_small"}, {"lora": "small.2"}, None),
-    ("report", "PreviewAny", 900, 640, {}, {"source": "small.3"}, "Rank and error of every layer"),
+    ("save", "SSRSaveLoRA", 900, 560, {"filename_prefix": "loras/dog_and_cat_small"}, {"lora": "small.2"}, None),
+    ("report", "PreviewAny", 900, 800, {}, {"source": "small.3"}, "Rank and error of every layer"),
     *[
         (n, t, x + 500, y, w, li, ti)
         for n, t, x, y, w, li, ti in sampling(

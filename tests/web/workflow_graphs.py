@@ -16,7 +16,7 @@ GRAPHS = {
         ONE,
         TWO,
         ("merge", "SSRMerge", 440, 150, {"width": 512, "height": 512}, MERGE, None),
-        ("report", "PreviewAny", 440, 1080, {}, {"source": "merge.4"}, "Report"),
+        ("report", "PreviewAny", 440, 1180, {}, {"source": "merge.4"}, "Report"),
         *sampling("a", "merge.0", "merge.1", "ckpt.2", 0, TOGETHER),
         note(
             "note",
@@ -39,7 +39,7 @@ GRAPHS = {
             {"model": "unet.0", "clip": "clips.0", "loras.lora0": "one.0", "loras.lora1": "two.0"},
             None,
         ),
-        ("report", "PreviewAny", 440, 1080, {}, {"source": "merge.4"}, "Report"),
+        ("report", "PreviewAny", 440, 1180, {}, {"source": "merge.4"}, "Report"),
         *sampling("a", "merge.0", "merge.1", "vae.0", 0, "sks dog in a meadow, in wtrclr style", flux=True),
         note(
             "note",
@@ -116,7 +116,7 @@ GRAPHS = {
             "compare",
             "SSRCompare",
             440,
-            560,
+            780,
             {},
             {"model": "ckpt.0", "clip": "ckpt.1", "calibration": "calibrate.0"},
             "All methods; the best one goes on",

@@ -11,7 +11,7 @@ RECORD_GRAPHS = {
     "records": [
         *SDXL,
         lora("one", 300, "subject_one.safetensors", "a photo of sks dog\nsks dog sitting in a garden", "First subject"),
-        lora("two", 690, "subject_two.safetensors", "a photo of zwx cat\nzwx cat lying on a sofa", "Second subject"),
+        lora("two", 740, "subject_two.safetensors", "a photo of zwx cat\nzwx cat lying on a sofa", "Second subject"),
         (
             "merge",
             "SSRMergeFromRecords",
@@ -21,8 +21,8 @@ RECORD_GRAPHS = {
             {**CALIBRATE, "loras.lora0": "one.0", "loras.lora1": "two.0"},
             None,
         ),
-        ("report", "PreviewAny", 440, 900, {}, {"source": "merge.4"}, "Report"),
-        ("library", "SSRRecordLibrary", 900, 760, {}, {}, "What is recorded"),
+        ("report", "PreviewAny", 440, 1180, {}, {"source": "merge.4"}, "Report"),
+        ("library", "SSRRecordLibrary", 900, 800, {}, {}, "What is recorded"),
         *sampling("a", "merge.0", "merge.1", "ckpt.2", 0, PROMPT),
         note(
             "note",
@@ -36,9 +36,9 @@ RECORD_GRAPHS = {
     "several_servers": [
         *SDXL,
         lora("one", 300, "subject_one.safetensors", "a photo of sks dog", "Server A: first subject"),
-        lora("two", 690, "subject_two.safetensors", "a photo of zwx cat", "Server A: second subject"),
-        lora("three", 1080, "subject_one.safetensors", "sks dog sitting in a garden", "Server B: first subject"),
-        lora("four", 1470, "subject_two.safetensors", "zwx cat lying on a sofa", "Server B: second subject"),
+        lora("two", 740, "subject_two.safetensors", "a photo of zwx cat", "Server A: second subject"),
+        lora("three", 1180, "subject_one.safetensors", "sks dog sitting in a garden", "Server B: first subject"),
+        lora("four", 1620, "subject_two.safetensors", "zwx cat lying on a sofa", "Server B: second subject"),
         (
             "cal1",
             "SSRCalibrate",
@@ -52,13 +52,13 @@ RECORD_GRAPHS = {
             "cal2",
             "SSRCalibrate",
             440,
-            520,
+            780,
             {"width": 512, "height": 512},
             {**CALIBRATE, "loras.lora0": "three.0", "loras.lora1": "four.0"},
             "On server B",
         ),
-        ("save1", "SSRSaveCalibration", 440, 1040, {"filename_prefix": "server_a"}, {"calibration": "cal1.0"}, None),
-        ("save2", "SSRSaveCalibration", 440, 1200, {"filename_prefix": "server_b"}, {"calibration": "cal2.0"}, None),
+        ("save1", "SSRSaveCalibration", 440, 1560, {"filename_prefix": "server_a"}, {"calibration": "cal1.0"}, None),
+        ("save2", "SSRSaveCalibration", 440, 1720, {"filename_prefix": "server_b"}, {"calibration": "cal2.0"}, None),
         (
             "sum",
             "SSRCombineCalibrations",
