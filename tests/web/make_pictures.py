@@ -45,7 +45,22 @@ WORDS = {
     "subject_two.safetensors": {"modelspec.trigger_phrase": "zwx cat"},
     "style.safetensors": {"modelspec.trigger_phrase": "wtrclr style"},
 }
-ALONE = ("SSRNPLoRAMerge", "SSRSaveCalibration", "SSRLoadCalibration", "SSRSaveLoRA", "SSROSRMInit", "SSROSRMRefit")
+ALONE = (
+    "SSRNPLoRAMerge",
+    "SSRSaveCalibration",
+    "SSRLoadCalibration",
+    "SSRSaveLoRA",
+    "SSROSRMInit",
+    "SSROSRMRefit",
+    "SSRCompare",
+    "SSRCompress",
+    "SSRReport",
+    "SSRRecord",
+    "SSRRecordLibrary",
+    "SSRMergeFromRecords",
+    "SSRCombineCalibrations",
+    "SSREditCalibration",
+)
 BOX = """(type) => { const n = app.graph.nodes.find((x) => x.type === type), s = app.canvas.ds;
   const at = app.canvas.canvas.getBoundingClientRect(), place = (i, v) => (v + s.offset[i]) * s.scale;
   return [at.x + place(0, n.pos[0]), at.y + place(1, n.pos[1] - 30), n.size[0] * s.scale, (n.size[1] + 30) * s.scale]; }"""
