@@ -42,7 +42,7 @@ class Scale:
     base_runs: Runs = BASE_RUNS
     depth: int = DEPTH
     width: int = WIDTH
-    judge_steps: int = 1000
+    judge_steps: int = 2500
     lora_steps: int = 300
     subjects: int = 21
     styles: int = 5

@@ -21,9 +21,9 @@ from .pool import random_look
 from .scenes import COLOUR_NAMES, PATTERNS, SHAPES, SIZE, STYLES, Look, Scene, Thing, draw
 from .training import CACHE
 
-STEPS, BATCH = 1200, 64
+STEPS, BATCH = 2500, 64
 STYLE_NAMES = (None, *STYLES)
-_UNORDERED = ("striped", "banded", "checkered")
+_UNORDERED = ("striped", "banded")
 
 
 class Verdict(NamedTuple):
