@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from ssr_core import ANCHORS, PaperMerge, SSRMerge
+from ssr_core import ANCHORS, PaperMerge, SampleOptions, SSRMerge
 
 from .case import Case, Sampling
 from .methods import Method, engine, sampling_of
@@ -20,6 +20,9 @@ def variants(sampling: Sampling) -> dict[str, Method]:
     for anchor in ANCHORS:
         for ridge in (0.1, 0.01, 0.001):
             found[f"anchor {anchor}, ridge {ridge:g}"] = engine(SSRMerge(anchor=anchor, ridge=ridge), sampling)
+    for tokens in (None, 32, 64, 256, 512):
+        sample = None if tokens is None else SampleOptions(tokens)
+        found[f"{tokens or 'no'} sampled tokens"] = engine(SSRMerge(), replace(sampling, sample=sample))
     found["not balanced"] = engine(SSRMerge(balance=False), sampling)
     found["paper (no canonical coordinates, absolute ridge)"] = engine(PaperMerge(), sampling)
     return found

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .case import Case, Sampling, reading
-from .world.loras import with_deltas
+from .case import Case, Sampling
+from .world.loras import reading, with_deltas
 
 ROUNDS, KEPT = 5, 0.9
 """Iterations, and the share of the off-diagonals that the regularisation keeps."""

@@ -14,7 +14,7 @@ from .records import Record
 from .scores import Reference, pictures, reference, similarity, success
 from .world.building import World
 from .world.captions import caption, scene_caption
-from .world.judge import STYLE_NAMES, shows
+from .world.judge import STYLE_NAMES
 from .world.loras import with_deltas
 from .world.pool import base_scene
 from .world.scenes import Scene
@@ -33,7 +33,7 @@ def preservation(
         for seed in seeds:
             case = Case(world.base, random.Random(100 * k + seed).sample(list(world.subjects), k), seed)
             for name, model in merged(case, methods, single=True):
-                for metric, value in _subjects(world, case, model).items():
+                for metric, value in subject_scores(world, case, model).items():
                     yield Record(table, name, k, metric, seed, value)
                 if model is not None:
                     for metric, value in _generic(world, case, model).items():
@@ -48,7 +48,7 @@ def merged(case: Case, methods: Mapping[str, Method], single: bool = False) -> M
         yield name, with_deltas(case.base, method(case))
 
 
-def _subjects(world: World, case: Case, model: nn.Module | None) -> dict[str, float]:
+def subject_scores(world: World, case: Case, model: nn.Module | None) -> dict[str, float]:
     shown, alike, off = [], [], []
     prompts, seed = [one.prompt for one in case.loras], 31 * case.seed
     if model is not None:
@@ -147,28 +147,3 @@ def baseline(world: World) -> Iterator[Record]:
         (found,) = pictures(model, [caption(["red circle"], one.style.words)], 4 * world.scale.samples, 17)
         seen = world.judge.look_at(found).style == STYLE_NAMES.index(one.style.name)
         yield Record("single LoRAs", "style", 1, "success", one.style.index, float(seen.float().mean()))
-
-
-def styled(world: World, methods: Mapping[str, Method], seeds: Sequence[int], pairs: int = 4) -> Iterator[Record]:
-    """A subject in a style: content, style, both."""
-    for seed in seeds:
-        chooser = random.Random(800 + seed)
-        values: dict[str, list[tuple[float, float, float]]] = {}
-        for _ in range(pairs):
-            subject, style = chooser.choice(list(world.subjects)), chooser.choice(list(world.styles))
-            assert subject.subject is not None
-            assert style.style is not None
-            case = Case(world.base, [subject, style], seed)
-            prompt = caption([subject.prompt], style.style.words)
-            for name, model in merged(case, methods):
-                assert model is not None
-                (found,) = pictures(model, [prompt], world.scale.samples, 51 * seed)
-                both = success(world.judge, found, [subject.subject.thing], style.style.name)[0]
-                content = shows(world.judge.look_at(found), [subject.subject.thing] * len(found), None, any_style=True)
-                painted = world.judge.look_at(found).style == STYLE_NAMES.index(style.style.name)
-                values.setdefault(name, []).append(
-                    (float(content.float().mean()), float(painted.float().mean()), float(both.float().mean()))
-                )
-        for name, found_values in values.items():
-            for i, metric in enumerate(("content", "style", "both")):
-                yield Record("subject and style", name, 2, metric, seed, fmean(v[i] for v in found_values))
