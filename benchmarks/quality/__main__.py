@@ -28,11 +28,13 @@ PARTS: dict[str, Part] = {
     "baseline": lambda world, seeds: baseline(world),
     "preservation": lambda world, seeds: preservation(world, compared(sampling_of(world)), world.scale.ks, seeds),
     "composition": lambda world, seeds: composition(world, compared(sampling_of(world)), seeds),
-    "styled": lambda world, seeds: styled(world, compared(sampling_of(world)) | protecting(sampling_of(world)), seeds),
+    "styled": lambda world, seeds: styled(
+        world, without_slow(compared(sampling_of(world))) | protecting(sampling_of(world)), seeds
+    ),
     "starts": lambda world, seeds: starts(world, seeds[:3]),
-    "solve": ablation,
-    "data": steps_and_tokens,
-    "wording": wording,
+    "solve": lambda world, seeds: ablation(world, seeds[:3]),
+    "data": lambda world, seeds: steps_and_tokens(world, seeds[:3]),
+    "wording": lambda world, seeds: wording(world, seeds[:3]),
     "many": lambda world, seeds: preservation(
         world, without_slow(compared(sampling_of(world))), world.scale.many, seeds[:2], table="many subjects"
     ),

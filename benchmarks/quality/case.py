@@ -16,8 +16,8 @@ from .world.loras import Trained, reading, with_deltas
 from .world.network import Painter, euler
 from .world.scenes import SIZE
 
-IMAGES = 16
-"""Pictures in a calibration pass: 16 x 64 image tokens, about what one picture of a big model has."""
+IMAGES = 8
+"""Pictures in a calibration pass: 8 x 64 image tokens."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from .world.judge import Judge, crops, shows
 from .world.network import euler, sample
 from .world.scenes import SIZE, Scene, Thing, draw
 
-STEPS = 12
+STEPS = 8
 
 
 def pictures(model: nn.Module, prompts: Sequence[str], count: int, seed: int) -> list[Tensor]:

@@ -49,12 +49,12 @@ class Scale:
     subjects: int = 21
     osrm: int = 4
     styles: int = 5
-    samples: int = 8
-    generic: int = 12
-    images: int = 16
+    samples: int = 6
+    generic: int = 6
+    images: int = 8
     calibration_steps: int = 8
     ks: tuple[int, ...] = (3, 5, 7, 9)
-    many: tuple[int, ...] = (12, 15, 18, 21)
+    many: tuple[int, ...] = (12, 21)
     ablation_ks: tuple[int, ...] = (5,)
     seeds: int = 5
 
