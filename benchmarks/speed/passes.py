@@ -23,9 +23,9 @@ def measure(cell: Cell, device: torch.device, dtype: torch.dtype) -> dict[str, R
         "calibrate": bench.calibrate,
         "merge": bench.merge,
         "resolve": lambda: bench.merge(0.7),
-        "sampled": bench.calibrate_sampled,
-        "refined": bench.refined,
     }
+    if cell.memory:
+        runs |= {"sampled": bench.calibrate_sampled, "refined": bench.refined}
     if cell.against:
         runs["published"] = bench.published
     times = by_turns(runs, cell.repeats, device)
@@ -63,15 +63,15 @@ def _times(cell: Cell, times: dict[str, list[float]]) -> dict[str, Row]:
             "resolve_seconds": Spread.of(times["resolve"]).json()["median"],
         },
     }
-    sampled = over(times["sampled"], bare)
-    rows["sampling"] = {
-        **cell.name,
-        **sampled.json(),
-        "over_plain_calibration": over(times["sampled"], calibrate).json()["median"],
-        "refined_over_plain_merge": over(times["refined"], merge).json()["median"],
-        "refined_seconds": Spread.of(times["refined"]).json()["median"],
-        "layers": len(layers(cell.shape)),
-    }
+    if cell.memory:
+        rows["sampling"] = {
+            **cell.name,
+            **over(times["sampled"], bare).json(),
+            "over_plain_calibration": over(times["sampled"], calibrate).json()["median"],
+            "refined_over_plain_merge": over(times["refined"], merge).json()["median"],
+            "refined_seconds": Spread.of(times["refined"]).json()["median"],
+            "layers": len(layers(cell.shape)),
+        }
     if cell.against:
         ours = [one - other for one, other in zip(whole, bare, strict=True)]
         theirs = [one - other for one, other in zip(times["published"], bare, strict=True)]

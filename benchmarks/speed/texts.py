@@ -24,15 +24,15 @@ difference between its routers and those of the engine's mode `paper` and calibr
 
 SAMPLING = """## Sampled inputs and refinement
 
-The same calibration with 128 whole inputs of each layer and LoRA kept (the nodes' default), over bare passes and over
+The same calibration with up to 256 whole inputs of each layer and LoRA kept (the nodes' default), over bare passes and over
 the calibration above; and the merge that is refined by them, over the merge above. Refinement solves in the space of
-the sampled tokens, 128 K of them, whatever the width; its cost falls on the solve, not on the passes."""
+the sampled tokens, at most 1280 of them, whatever the width; its cost falls on the solve, not on the passes."""
 
 MEMORY = """## Memory
 
 Peak of everything that PyTorch allocates, above the peak of a bare pass, in MiB. *R^2 terms* are the Grams;
-*predicted* adds the coordinates, the active ups and z of the layer with the most tokens. *With samples* keeps 128
-whole inputs of each layer and LoRA besides."""
+*predicted* adds the coordinates, the active ups and z of the layer with the most tokens. *With samples* keeps up to
+256 whole inputs of each layer and LoRA besides."""
 
 SOLVE = """## Solve and absorb
 
