@@ -24,9 +24,9 @@ difference between its routers and those of the engine's mode `paper` and calibr
 
 SAMPLING = """## Sampled inputs and refinement
 
-The same calibration with up to 256 whole inputs of each layer and LoRA kept (the nodes' default), over bare passes and over
-the calibration above; and the merge that is refined by them, over the merge above. Refinement solves in the space of
-the sampled tokens, at most 1280 of them, whatever the width; its cost falls on the solve, not on the passes."""
+The same calibration with up to 256 whole inputs of each layer and LoRA kept (the nodes' default), over bare passes and
+over the calibration above; and the merge that is refined by them, over the merge above. Refinement solves in the space
+of the sampled tokens, at most 1280 of them, whatever the width; its cost falls on the solve, not on the passes."""
 
 MEMORY = """## Memory
 
