@@ -14,9 +14,10 @@ import torch
 from ..speed.machine import describe
 from .ablation import ablation, steps_and_tokens, wording
 from .methods import compared, protecting, sampling_of, without_slow
-from .protocols import baseline, composition, preservation, styled
+from .protocols import baseline, composition, preservation
 from .records import Record, rows
 from .report import page, plot, write_json
+from .sisters import starts, styled
 from .world.building import FULL, TOY, World, build
 from .world.training import CACHE
 
@@ -27,10 +28,13 @@ PARTS: dict[str, Part] = {
     "baseline": lambda world, seeds: baseline(world),
     "preservation": lambda world, seeds: preservation(world, compared(sampling_of(world)), world.scale.ks, seeds),
     "composition": lambda world, seeds: composition(world, compared(sampling_of(world)), seeds),
-    "styled": lambda world, seeds: styled(world, compared(sampling_of(world)) | protecting(sampling_of(world)), seeds),
-    "solve": ablation,
-    "data": steps_and_tokens,
-    "wording": wording,
+    "styled": lambda world, seeds: styled(
+        world, without_slow(compared(sampling_of(world))) | protecting(sampling_of(world)), seeds
+    ),
+    "starts": lambda world, seeds: starts(world, seeds[:3]),
+    "solve": lambda world, seeds: ablation(world, seeds[:3]),
+    "data": lambda world, seeds: steps_and_tokens(world, seeds[:3]),
+    "wording": lambda world, seeds: wording(world, seeds[:3]),
     "many": lambda world, seeds: preservation(
         world, without_slow(compared(sampling_of(world))), world.scale.many, seeds[:2], table="many subjects"
     ),

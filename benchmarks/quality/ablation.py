@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from ssr_core import ANCHORS, PaperMerge, SSRMerge
+from ssr_core import ANCHORS, PaperMerge, SampleOptions, SSRMerge
 
 from .case import Case, Sampling
 from .methods import Method, engine, sampling_of
@@ -13,26 +13,37 @@ from .protocols import preservation
 from .records import Record
 from .world.building import World
 
+FEW = 64
+"""Sampled tokens where something else is varied: a sixteenth of the solve's time."""
+
 
 def variants(sampling: Sampling) -> dict[str, Method]:
     """Solve settings, from one calibration."""
-    found: dict[str, Method] = {"default": engine(SSRMerge(), sampling)}
+    few = replace(sampling, sample=SampleOptions(FEW))
+    found: dict[str, Method] = {}
+    for tokens in (None, 16, 64, 256):
+        sample = None if tokens is None else SampleOptions(tokens)
+        found[f"{tokens or 'no'} sampled tokens"] = engine(SSRMerge(), replace(sampling, sample=sample))
+    found["zero anchor, 64 sampled tokens"] = engine(SSRMerge(anchor="zero"), few)
+    found["average anchor, 64 sampled tokens"] = engine(SSRMerge(anchor="average"), few)
     for anchor in ANCHORS:
         for ridge in (0.1, 0.01, 0.001):
-            found[f"anchor {anchor}, ridge {ridge:g}"] = engine(SSRMerge(anchor=anchor, ridge=ridge), sampling)
-    found["not balanced"] = engine(SSRMerge(balance=False), sampling)
+            found[f"anchor {anchor}, ridge {ridge:g}, not refined"] = engine(
+                SSRMerge(anchor=anchor, ridge=ridge, refine=False), sampling
+            )
+    found["not balanced, not refined"] = engine(SSRMerge(balance=False, refine=False), sampling)
     found["paper (no canonical coordinates, absolute ridge)"] = engine(PaperMerge(), sampling)
     return found
 
 
 def data(sampling: Sampling) -> dict[str, Method]:
     """Steps, how many of them are used, pictures, noise."""
-    own = SSRMerge()
-    found = {}
-    for steps, used in ((1, None), (2, None), (4, None), (4, 1), (8, None), (8, 2), (12, None)):
+    own, found = SSRMerge(), {}
+    sampling = replace(sampling, sample=SampleOptions(FEW))
+    for steps, used in ((1, None), (2, None), (4, None), (8, 1), (8, 2), (8, None)):
         text = f"{steps} steps" + (f", first {used}" if used else "")
         found[text] = engine(own, replace(sampling, steps=steps, used=used))
-    for images in (1, 4):
+    for images in (1, 2):
         found[f"{images} x 64 image tokens a step"] = engine(own, replace(sampling, images=images))
     found["other noise for each LoRA"] = engine(own, replace(sampling, noise="other"))
     return found
@@ -60,7 +71,7 @@ def worded(texts: Sequence[str], sampling: Sampling) -> Method:
 
     def run(case: Case) -> dict[str, object]:
         prompts = tuple(tuple(text.format(one.prompt) for text in texts) for one in case.loras)
-        return engine(SSRMerge(), replace(sampling, prompts=prompts))(case)
+        return engine(SSRMerge(), replace(sampling, prompts=prompts, sample=SampleOptions(FEW)))(case)
 
     return run
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,12 +12,12 @@ from ssr_core import Calibration, SampleOptions, Tap, Target, Task, build_stacks
 from ssr_core.stacks import LayerStack
 
 from .world.captions import encode
-from .world.loras import Trained, targets, with_deltas
+from .world.loras import Trained, reading, with_deltas
 from .world.network import Painter, euler
 from .world.scenes import SIZE
 
-IMAGES = 16
-"""Pictures in a calibration pass: 16 x 64 image tokens, about what one picture of a big model has."""
+IMAGES = 8
+"""Pictures in a calibration pass: 8 x 64 image tokens."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Sampling:
     images: int = IMAGES
     prompts: tuple[tuple[str, ...], ...] | None = None
     noise: str = "same"
-    sample: SampleOptions | None = None
+    sample: SampleOptions | None = field(default_factory=SampleOptions)
 
 
 @dataclass
@@ -134,25 +133,6 @@ class Case:
         """The same LoRAs under other words."""
         loras = [replace(one, prompt=prompt) for one, prompt in zip(self.loras, prompts, strict=True)]
         return Case(self.base, loras, self.seed)
-
-
-@contextmanager
-def reading(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """What the last forward pass fed to each layer that LoRAs change, (tokens, in)."""
-    inputs: dict[str, Tensor] = {}
-
-    def hook(path: str) -> Callable[..., None]:
-        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs[path] = args[0].detach().flatten(0, -2)
-
-        return keep
-
-    handles = [module.register_forward_pre_hook(hook(path)) for path, module in targets(model).items()]
-    try:
-        yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def path_of(target: Target) -> str:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .case import Case, Sampling, reading
-from .world.loras import with_deltas
+from .case import Case, Sampling
+from .world.loras import reading, with_deltas
 
-ROUNDS, KEPT = 5, 0.9
+ROUNDS, KEPT = 3, 0.9
 """Iterations, and the share of the off-diagonals that the regularisation keeps."""
 
 
@@ -42,11 +42,10 @@ def _round(case: Case, sampling: Sampling, change: dict[str, Tensor] | None) -> 
             for _ in runs:
                 next(others, None)
                 for path, delta in deltas.items():
-                    x, y = alone[path].double(), together[path].double()
-                    output = x @ delta.double().T
-                    wanted[path] = wanted.get(path, 0) + output.T @ y
-                    grams[path] = grams.get(path, 0) + y.T @ y
-                    energy[path] = energy.get(path, 0) + output.square().sum()
+                    y, output = together[path], alone[path] @ delta.T
+                    wanted[path] = wanted.get(path, 0) + (output.T @ y).double()
+                    grams[path] = grams.get(path, 0) + (y.T @ y).double()
+                    energy[path] = energy.get(path, 0) + output.square().sum().double()
         for path in deltas:
             weight = 1 / energy[path].clamp_min(1e-12)
             small = KEPT * grams[path] + (1 - KEPT) * torch.diag(grams[path].diagonal())

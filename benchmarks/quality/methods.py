@@ -14,7 +14,6 @@ from ssr_core import (
     MergeMethod,
     NPLoRAMerge,
     PaperMerge,
-    SampleOptions,
     SSRMerge,
     SumMerge,
     merge,
@@ -69,8 +68,8 @@ def compared(sampling: Sampling) -> dict[str, Method]:
         "dense least squares": layerwise(least_squares, sampling),
         "SSR (paper)": engine(PaperMerge(), replace(sampling, used=1)),
         "SSR (paper's formula, our data)": engine(PaperMerge(), sampling),
-        "SSR (ours, without refinement)": engine(SSRMerge(), sampling),
-        "SSR (ours)": engine(SSRMerge(), replace(sampling, sample=SampleOptions())),
+        "SSR (ours, without refinement)": engine(SSRMerge(refine=False), sampling),
+        "SSR (ours)": engine(SSRMerge(), sampling),
     }
 
 

@@ -11,10 +11,10 @@ from torch import nn
 from .case import Case
 from .methods import Method
 from .records import Record
-from .scores import function_distance, pictures, similarity, success, velocity_change
+from .scores import Reference, pictures, reference, similarity, success
 from .world.building import World
 from .world.captions import caption, scene_caption
-from .world.judge import STYLE_NAMES, shows
+from .world.judge import STYLE_NAMES
 from .world.loras import with_deltas
 from .world.pool import base_scene
 from .world.scenes import Scene
@@ -33,7 +33,7 @@ def preservation(
         for seed in seeds:
             case = Case(world.base, random.Random(100 * k + seed).sample(list(world.subjects), k), seed)
             for name, model in merged(case, methods, single=True):
-                for metric, value in _subjects(world, case, model).items():
+                for metric, value in subject_scores(world, case, model).items():
                     yield Record(table, name, k, metric, seed, value)
                 if model is not None:
                     for metric, value in _generic(world, case, model).items():
@@ -48,16 +48,21 @@ def merged(case: Case, methods: Mapping[str, Method], single: bool = False) -> M
         yield name, with_deltas(case.base, method(case))
 
 
-def _subjects(world: World, case: Case, model: nn.Module | None) -> dict[str, float]:
+def subject_scores(world: World, case: Case, model: nn.Module | None) -> dict[str, float]:
     shown, alike, off = [], [], []
-    for index, one in enumerate(case.loras):
+    prompts, seed = [one.prompt for one in case.loras], 31 * case.seed
+    if model is not None:
+        found = pictures(model, prompts, world.scale.samples, seed)
+    else:
+        found = [
+            pictures(case.singles[i], [prompt], world.scale.samples, seed + i)[0] for i, prompt in enumerate(prompts)
+        ]
+    for index, (one, seen) in enumerate(zip(case.loras, found, strict=True)):
         assert one.subject is not None
-        own = case.singles[index]
-        found = pictures(model or own, one.subject.prompt, world.scale.samples, 31 * case.seed + index)
-        shown.append(float(success(world.judge, found, [one.subject.thing]).float().mean()))
-        alike.append(similarity(world.judge, found, one.subject.thing))
+        shown.append(float(success(world.judge, seen, [one.subject.thing]).float().mean()))
+        alike.append(similarity(world.judge, seen, one.subject.thing))
         if model is not None:
-            off.append(function_distance(model, own, case.base, one.subject.prompt, 77 + case.seed))
+            off.append(_own(case, index).distance(model))
     values = {"success": fmean(shown), "similarity": fmean(alike)}
     return values | ({"function distance": fmean(off)} if off else {})
 
@@ -75,20 +80,32 @@ def generic_scenes(seed: int, count: int, numbers: Sequence[int] = (1, 2)) -> li
 
 def _generic(world: World, case: Case, model: nn.Module) -> dict[str, float]:
     """Success on generic prompts, and how far the model moved there, over the LoRAs' mean effect on their own."""
-    shown, moved, effect = [], [], []
-    for number, scene in enumerate(generic_scenes(case.seed, world.scale.generic)):
-        found = pictures(model, scene_caption(scene), 2, 500 + number)
-        shown.append(float(success(world.judge, found, scene.things).all(0).float().mean()))
-    for number, scene in enumerate(generic_scenes(case.seed, min(4, world.scale.generic))):
-        moved.append(velocity_change(model, case.base, scene_caption(scene), number))
-    for index, one in enumerate(case.loras):
-        effect.append(velocity_change(case.singles[index], case.base, one.prompt, 0))
+    shown, moved = [], []
+    scenes = generic_scenes(case.seed, world.scale.generic)
+    for scene, seen in zip(scenes, pictures(model, [scene_caption(one) for one in scenes], 2, 500), strict=True):
+        shown.append(float(success(world.judge, seen, scene.things).all(0).float().mean()))
+    for number, scene in enumerate(scenes[:4]):
+        moved.append(_of_base(case, number, scene_caption(scene)).difference(model))
+    effect = [_own(case, index).effect for index in range(len(case.loras))]
     return {"success": fmean(shown), "leak": fmean(moved) / fmean(effect)}
+
+
+def _own(case: Case, index: int) -> Reference:
+    """What a LoRA alone does on its prompt."""
+    prompt = case.loras[index].prompt
+    make = lambda: reference(case.singles[index], case.base, prompt, 77 + case.seed)  # noqa: E731
+    return case.once(("own", index), make)  # type: ignore[return-value]
+
+
+def _of_base(case: Case, number: int, prompt: str) -> Reference:
+    """What the base model does on a generic prompt."""
+    make = lambda: reference(case.base, case.base, prompt, number, 2)  # noqa: E731
+    return case.once(("base", number), make)  # type: ignore[return-value]
 
 
 def composition(world: World, methods: Mapping[str, Method], seeds: Sequence[int]) -> Iterator[Record]:
     """Two to four subjects, or a subject in a style, in one picture (Table 3)."""
-    for k in (2, 3, 4):
+    for k in (2, 3):
         for seed in seeds:
             chooser = random.Random(300 * k + seed)
             case = Case(world.base, chooser.sample(list(world.subjects), k), seed)
@@ -96,7 +113,7 @@ def composition(world: World, methods: Mapping[str, Method], seeds: Sequence[int
             prompt = caption([one.prompt for one in case.loras])
             for name, model in merged(case, methods):
                 assert model is not None
-                found = pictures(model, prompt, 2 * world.scale.samples, 41 * seed)
+                (found,) = pictures(model, [prompt], 2 * world.scale.samples, 41 * seed)
                 right = success(world.judge, found, things).float()
                 yield Record("composition", name, k, "objects right", seed, float(right.mean()))
                 yield Record("composition", name, k, "all right", seed, float((right.amin(0)).mean()))
@@ -106,15 +123,16 @@ def baseline(world: World) -> Iterator[Record]:
     """What the comparison rests on: the base follows prompts, and each LoRA shows its subject or style."""
     for number in range(1, 5):
         scenes = generic_scenes(0, 2 * world.scale.generic, (number,))
-        right = []
-        for i, scene in enumerate(scenes):
-            found = pictures(world.base, scene_caption(scene), 4, 900 + i)
-            right.append(float(success(world.judge, found, scene.things).float().mean()))
+        found = pictures(world.base, [scene_caption(scene) for scene in scenes], 4, 900)
+        right = [
+            float(success(world.judge, seen, scene.things).float().mean())
+            for scene, seen in zip(scenes, found, strict=True)
+        ]
         yield Record("the base model", "objects as the prompt says", number, "success", 0, fmean(right))
     for one in world.subjects:
         assert one.subject is not None
         model = Case(world.base, [one], 0).singles[0]
-        found = pictures(model, one.prompt, 4 * world.scale.samples, 17)
+        (found,) = pictures(model, [one.prompt], 4 * world.scale.samples, 17)
         yield Record(
             "single LoRAs",
             "subject",
@@ -126,31 +144,6 @@ def baseline(world: World) -> Iterator[Record]:
     for one in world.styles:
         assert one.style is not None
         model = Case(world.base, [one], 0).singles[0]
-        found = pictures(model, caption(["red circle"], one.style.words), 4 * world.scale.samples, 17)
+        (found,) = pictures(model, [caption(["red circle"], one.style.words)], 4 * world.scale.samples, 17)
         seen = world.judge.look_at(found).style == STYLE_NAMES.index(one.style.name)
         yield Record("single LoRAs", "style", 1, "success", one.style.index, float(seen.float().mean()))
-
-
-def styled(world: World, methods: Mapping[str, Method], seeds: Sequence[int], pairs: int = 4) -> Iterator[Record]:
-    """A subject in a style: content, style, both."""
-    for seed in seeds:
-        chooser = random.Random(800 + seed)
-        values: dict[str, list[tuple[float, float, float]]] = {}
-        for _ in range(pairs):
-            subject, style = chooser.choice(list(world.subjects)), chooser.choice(list(world.styles))
-            assert subject.subject is not None
-            assert style.style is not None
-            case = Case(world.base, [subject, style], seed)
-            prompt = caption([subject.prompt], style.style.words)
-            for name, model in merged(case, methods):
-                assert model is not None
-                found = pictures(model, prompt, world.scale.samples, 51 * seed)
-                both = success(world.judge, found, [subject.subject.thing], style.style.name)[0]
-                content = shows(world.judge.look_at(found), [subject.subject.thing] * len(found), None, any_style=True)
-                painted = world.judge.look_at(found).style == STYLE_NAMES.index(style.style.name)
-                values.setdefault(name, []).append(
-                    (float(content.float().mean()), float(painted.float().mean()), float(both.float().mean()))
-                )
-        for name, found_values in values.items():
-            for i, metric in enumerate(("content", "style", "both")):
-                yield Record("subject and style", name, 2, metric, seed, fmean(v[i] for v in found_values))

@@ -82,6 +82,7 @@ TABLES = {
     "preservation: generic prompts": ("leak", "success"),
     "composition": ("objects right", "all right"),
     "subject and style": ("both", "content", "style"),
+    "OSRM start": ("function distance", "success"),
     "many subjects": ("function distance", "success", "similarity"),
     "ablation: solve": ("function distance", "success"),
     "ablation: calibration data": ("function distance", "success"),
@@ -96,6 +97,7 @@ def page(rows: Sequence[Row], records: Sequence[Record], machine: dict[str, Any]
         lines += [Path(__file__).with_name(part).read_text(encoding="utf-8").strip(), ""]
     for name, metrics in TABLES.items():
         if not any(row.table == name for row in rows):
+            lines += [f"## {name[0].upper()}{name[1:]}", "", "Not measured in this run.", ""]
             continue
         lines += [f"## {name[0].upper()}{name[1:]}", ""]
         if name == "preservation":

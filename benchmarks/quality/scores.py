@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from statistics import fmean
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as functional
@@ -14,13 +14,17 @@ from .world.judge import Judge, crops, shows
 from .world.network import euler, sample
 from .world.scenes import SIZE, Scene, Thing, draw
 
-STEPS = 12
+STEPS = 8
 
 
-def pictures(model: nn.Module, prompt: str, count: int, seed: int) -> Tensor:
-    """Samples (count, 3, SIZE, SIZE) of one prompt; equal seeds have equal noise."""
-    noise = torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
-    return sample(model, encode([prompt] * count), noise, STEPS)
+def pictures(model: nn.Module, prompts: Sequence[str], count: int, seed: int) -> list[Tensor]:
+    """Samples of each prompt (count, 3, SIZE, SIZE); prompt i has the noise of `seed + i`."""
+    noises = [
+        torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed + i))
+        for i in range(len(prompts))
+    ]
+    words = encode(prompts).repeat_interleave(count, dim=0)
+    return list(sample(model, words, torch.cat(noises), STEPS).split(count))
 
 
 def success(judge: Judge, found: Tensor, things: Sequence[Thing], style: str | None = None) -> Tensor:
@@ -38,29 +42,37 @@ def similarity(judge: Judge, found: Tensor, thing: Thing, style: str | None = No
     return float((judge.look_at(found).features @ centre).mean())
 
 
-def along(model: nn.Module, prompt: str, seed: int, count: int = 8) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(pictures, times, words) that a model is asked about while it samples a prompt."""
+@dataclass(frozen=True)
+class Reference:
+    """What one model does along its own samples of a prompt, for others to be compared with.
+
+    Attributes:
+        asked: Pictures (N, 3, SIZE, SIZE), times (N,) and words (N, LENGTH) on the way from noise to picture.
+        velocity: (N, 3, SIZE, SIZE), the model's answers.
+        effect: Root mean square difference of these from the base model's answers.
+    """
+
+    asked: tuple[Tensor, Tensor, Tensor]
+    velocity: Tensor
+    effect: float
+
+    @torch.no_grad()
+    def difference(self, model: nn.Module) -> float:
+        """Root mean square difference of another model's answers."""
+        return float((model(*self.asked) - self.velocity).square().mean().sqrt())
+
+    def distance(self, model: nn.Module) -> float:
+        """The difference over the model's own effect: 0 is the same function, 1 is as far as the base."""
+        return self.difference(model) / self.effect
+
+
+@torch.no_grad()
+def reference(model: nn.Module, base: nn.Module, prompt: str, seed: int, count: int = 4) -> Reference:
+    """Sample a prompt `count` times, and keep what was asked of the model on the way."""
     words = encode([prompt] * count)
     x = torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
-    times = torch.linspace(0, 1, STEPS + 1)
-    for now, then in zip(times[:-1], euler(model, words, x, STEPS), strict=True):
-        yield x, now.expand(count), words
-        x = then
-
-
-@torch.no_grad()
-def function_distance(merged: nn.Module, single: nn.Module, base: nn.Module, prompt: str, seed: int) -> float:
-    """Distance of two velocity fields over the single LoRA's own effect, along the single LoRA's samples."""
-    off = effect = 0.0
-    for state in along(single, prompt, seed):
-        wanted = single(*state)
-        off += float((merged(*state) - wanted).square().sum())
-        effect += float((base(*state) - wanted).square().sum())
-    return (off / effect) ** 0.5
-
-
-@torch.no_grad()
-def velocity_change(model: nn.Module, base: nn.Module, prompt: str, seed: int) -> float:
-    """Root mean square difference of two velocity fields along the base's samples."""
-    squares = [float((model(*state) - base(*state)).square().mean()) for state in along(base, prompt, seed)]
-    return fmean(squares) ** 0.5
+    seen = [x, *euler(model, words, x, STEPS)][:-1]
+    times = torch.linspace(0, 1, STEPS + 1)[:-1].repeat_interleave(count)
+    asked = (torch.cat(seen), times, words.repeat(STEPS, 1))
+    velocity = model(*asked)
+    return Reference(asked, velocity, float((base(*asked) - velocity).square().mean().sqrt()))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .arithmetic import Cell, factor_bytes, gram_bytes, predicted_ratio, transient_bytes
+from .arithmetic import Cell, factor_bytes, gram_bytes, layers, predicted_ratio, transient_bytes
 from .memory import peak_bytes
 from .timing import Spread, by_turns
 from .workbench import Workbench
@@ -24,6 +24,8 @@ def measure(cell: Cell, device: torch.device, dtype: torch.dtype) -> dict[str, R
         "merge": bench.merge,
         "resolve": lambda: bench.merge(0.7),
     }
+    if cell.memory:
+        runs |= {"sampled": bench.calibrate_sampled, "refined": bench.refined}
     if cell.against:
         runs["published"] = bench.published
     times = by_turns(runs, cell.repeats, device)
@@ -61,6 +63,15 @@ def _times(cell: Cell, times: dict[str, list[float]]) -> dict[str, Row]:
             "resolve_seconds": Spread.of(times["resolve"]).json()["median"],
         },
     }
+    if cell.memory:
+        rows["sampling"] = {
+            **cell.name,
+            **over(times["sampled"], bare).json(),
+            "over_plain_calibration": over(times["sampled"], calibrate).json()["median"],
+            "refined_over_plain_merge": over(times["refined"], merge).json()["median"],
+            "refined_seconds": Spread.of(times["refined"]).json()["median"],
+            "layers": len(layers(cell.shape)),
+        }
     if cell.against:
         ours = [one - other for one, other in zip(whole, bare, strict=True)]
         theirs = [one - other for one, other in zip(times["published"], bare, strict=True)]
@@ -78,7 +89,7 @@ def _memory(cell: Cell, bench: Workbench) -> dict[str, Row]:
     """Peaks above a bare pass. Results and statistics count: they are alive at the end of each run."""
     device = bench.device
     bare = peak_bytes(lambda: bench.one(0), device)
-    bench.calibration = bench.answer = None
+    bench.calibration = bench.sampled = bench.answer = None
     calibrate = peak_bytes(bench.calibrate, device)
     merge = peak_bytes(bench.merge, device)
     on_cpu, itemsize = device.type == "cpu", bench.dtype.itemsize
@@ -92,6 +103,7 @@ def _memory(cell: Cell, bench: Workbench) -> dict[str, Row]:
             "grams": kept,
             "bare": bare,
             "over_predicted": round((calibrate - bare) / predicted, 3),
+            "with_samples": _sampled_bytes(bench) - bare,
         }
     }
     if cell.against:
@@ -107,3 +119,10 @@ def _memory(cell: Cell, bench: Workbench) -> dict[str, Row]:
             "solve_bytes": merge,
         }
     return rows
+
+
+def _sampled_bytes(bench: Workbench) -> int:
+    bench.calibration = None
+    peak = peak_bytes(bench.calibrate_sampled, bench.device)
+    bench.sampled = None
+    return peak

@@ -7,46 +7,9 @@ from typing import Any
 
 from .grid import LEFT_OUT, PAPER_SECONDS
 from .machine import sentence
+from .texts import CALIBRATION, INTRO, MEMORY, PUBLISHED, SAMPLING, SOLVE, STORAGE
 
 Row = dict[str, Any]
-
-INTRO = """# Speed and memory
-
-A transformer of a DiT's shape with random weights (joint attention, separate q, k, v, proj, MLP of 4 d) and LoRAs with
-random factors on every linear layer, through the engine's own calibrate and merge. All ratios are taken within
-one repetition, with the runs by turns; tables give the median and, in brackets, the least and the greatest. d is the
-width, N the tokens (an eighth of them text), K the number of LoRAs, r their rank, R = K r."""
-
-CALIBRATION = """## Calibration against bare forward passes
-
-K calibration passes over K passes of the model alone. *Predicted* is what the added operations would cost if each took
-as long as one of the forward pass: for a layer of i inputs and o outputs, 2 N i R to project, 2 N R^2 for the Gram,
-2 N r o for the active LoRA, and 4 i r^2 + 2 o r^2 for its coordinates, over 2 N i o and attention's 4 N^2 d.
-*Factor* is measured over predicted overhead. *Plain LoRA* is the same K passes with each LoRA in a hook and nothing
-recorded, over the bare passes."""
-
-PUBLISHED = """## Against the published algorithm
-
-Followed literally from its description: a clone of all weights copied back for each LoRA (once a task; the authors'
-code does it twice), dense deltas added, Grams copied to the host in every hook call and summed there in float64, a
-general solver layer by layer. *Overhead* is the whole merge less K bare passes. *Routers* is the largest relative
-difference between its routers and those of the engine's mode `paper` and calibration: both do the same."""
-
-MEMORY = """## Memory
-
-Peak of everything that PyTorch allocates, above the peak of a bare pass, in MiB. *R^2 terms* are the Grams;
-*predicted* adds the coordinates, the active ups and z of the layer with the most tokens."""
-
-SOLVE = """## Solve and absorb
-
-Square layers, statistics of 4 R random tokens a LoRA. *Engine* prepares the canonical problem, solves by Cholesky in
-batches, absorbs the router and estimates the condition; *sequential* is the published ridge, solved by
-`torch.linalg.solve` one layer at a time, and absorbed. *Solver alone* compares the two solvers on the same matrices."""
-
-STORAGE = """## Files
-
-The engine's saving and loading over a plain write and read of as many bytes, without fsync, from the page cache.
-Saving copies triangles of Grams or merges' tensors, loading checks every value."""
 
 
 def page(found: dict[str, Any], stem: str) -> str:
@@ -59,6 +22,7 @@ def page(found: dict[str, Any], stem: str) -> str:
     parts += [CALIBRATION, _calibration(found["calibration_over_forward"]), f"![calibration]({stem}_calibration.png)"]
     parts += ["A video's tokens, attention within frames:", _calibration(found["video"])]
     parts += [PUBLISHED, _published(found["merge_time_over_published"]), f"![published]({stem}_published.png)"]
+    parts += [SAMPLING, _sampling(found["sampling"])]
     parts += [MEMORY, _memory(found["calibration_memory"]), *_video(found["video_memory"])]
     parts += ["Peak of a whole merge above a bare pass:", _whole_memory(found["merge_memory_over_published"])]
     parts += [SOLVE, _solve(found["solve_over_sequential"]), *_exponents(found), f"![solve]({stem}_solve.png)"]
@@ -105,6 +69,23 @@ def _calibration(rows: Sequence[Row]) -> str:
     )
 
 
+def _sampling(rows: Sequence[Row]) -> str:
+    return _table(
+        ["d", "N", "K", "r", "calibration / bare", "/ calibration above", "merge / merge above", "merge, s", "layers"],
+        [
+            [
+                *_cell(row),
+                _spread(row),
+                f"{row['over_plain_calibration']:.3f}",
+                f"{row['refined_over_plain_merge']:.2f}",
+                f"{row['refined_seconds']:.3g}",
+                row["layers"],
+            ]
+            for row in rows
+        ],
+    )
+
+
 def _published(rows: Sequence[Row]) -> str:
     return _table(
         ["d", "N", "K", "r", "overhead / published", "overhead, s", "published, s", "whole / whole", "routers"],
@@ -124,7 +105,7 @@ def _published(rows: Sequence[Row]) -> str:
 
 def _memory(rows: Sequence[Row]) -> str:
     return _table(
-        ["d", "N", "K", "r", "calibration", "predicted", "R^2 terms", "factor", "bare pass"],
+        ["d", "N", "K", "r", "calibration", "predicted", "R^2 terms", "factor", "with samples", "bare pass"],
         [
             [
                 *_cell(row),
@@ -132,6 +113,7 @@ def _memory(rows: Sequence[Row]) -> str:
                 _mib(row["predicted"]),
                 _mib(row["grams"]),
                 f"{row['over_predicted']:.2f}",
+                _mib(row["with_samples"]),
                 _mib(row["bare"]),
             ]
             for row in rows

@@ -11,6 +11,7 @@ from ssr_core import (
     ForwardLoRA,
     MergeResult,
     PaperMerge,
+    SampleOptions,
     SSRMerge,
     Tap,
     build_stacks,
@@ -33,6 +34,7 @@ class Workbench:
         self.tasks = random_tasks(self.model, cell.count, cell.rank, torch.float32 if device.type == "cpu" else dtype)
         self.inputs = [inputs(cell.shape, index, device, dtype) for index in range(cell.count)]
         self.calibration: Calibration | None = None
+        self.sampled: Calibration | None = None
         self.answer: Published | None = None
         self.one(0)
 
@@ -53,18 +55,29 @@ class Workbench:
 
     def calibrate(self) -> None:
         """The engine's calibration: factors are placed before each pass, as the nodes do it."""
+        self.calibration = None
+        self.calibration = self._calibrated(None)
 
+    def calibrate_sampled(self) -> None:
+        """The same, and some whole inputs are kept."""
+        self.sampled = None
+        self.sampled = self._calibrated(SampleOptions())
+
+    def _calibrated(self, sample: SampleOptions | None) -> Calibration:
         def run(index: int, tap: Tap) -> None:
             tap.prepare(self.device, self.dtype)
             self.one(index)
 
-        self.calibration = None
-        self.calibration = calibrate(self.model, self.tasks, build_stacks(self.tasks), run)
+        return calibrate(self.model, self.tasks, build_stacks(self.tasks), run, sample=sample)
 
     def merge(self, strength: float = 1.0) -> MergeResult:
         """Solve, absorb and report from the last calibration."""
         tasks = [replace(task, strength_model=strength) for task in self.tasks]
         return merge(tasks, SSRMerge(), self.calibration, device=self.device)
+
+    def refined(self) -> MergeResult:
+        """A merge that is corrected by the last sampled calibration's inputs."""
+        return merge(self.tasks, SSRMerge(), self.sampled, device=self.device)
 
     def whole(self) -> MergeResult:
         """A merge from nothing."""

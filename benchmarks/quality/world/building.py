@@ -14,6 +14,7 @@ from .judge import Judge, judge
 from .loras import Trained, lora
 from .network import DEPTH, WIDTH, Painter
 from .pool import Style, Subject, styles, subjects
+from .starts import osrm_lora
 from .training import BASE_RUNS, CACHE, Runs, base_model
 
 
@@ -28,6 +29,7 @@ class Scale:
         judge_steps: Training steps of the judge.
         lora_steps: Training steps of each LoRA.
         subjects: Number of subject LoRAs.
+        osrm: How many of them are trained from OSRM's start as well.
         styles: Number of style LoRAs.
         samples: Pictures for each prompt.
         generic: Prompts that name no LoRA.
@@ -42,16 +44,17 @@ class Scale:
     base_runs: Runs = BASE_RUNS
     depth: int = DEPTH
     width: int = WIDTH
-    judge_steps: int = 1000
+    judge_steps: int = 2500
     lora_steps: int = 300
     subjects: int = 21
+    osrm: int = 4
     styles: int = 5
-    samples: int = 8
-    generic: int = 12
-    images: int = 16
+    samples: int = 6
+    generic: int = 6
+    images: int = 8
     calibration_steps: int = 8
     ks: tuple[int, ...] = (3, 5, 7, 9)
-    many: tuple[int, ...] = (12, 15, 18, 21)
+    many: tuple[int, ...] = (12, 21)
     ablation_ks: tuple[int, ...] = (5,)
     seeds: int = 5
 
@@ -64,6 +67,7 @@ TOY = Scale(
     judge_steps=4,
     lora_steps=2,
     subjects=4,
+    osrm=2,
     styles=1,
     samples=1,
     generic=1,
@@ -85,6 +89,7 @@ class World:
         judge: The judge of its pictures.
         subjects: LoRAs of subjects.
         styles: LoRAs of styles.
+        osrm: LoRAs of the first subjects, trained from OSRM's start.
         scale: How much is measured.
     """
 
@@ -92,6 +97,7 @@ class World:
     judge: Judge
     subjects: Sequence[Trained]
     styles: Sequence[Trained]
+    osrm: Sequence[Trained]
     scale: Scale
 
 
@@ -109,4 +115,6 @@ def build(cache: Path = CACHE, scale: Scale = FULL) -> World:
         for job in jobs:
             job.result()
     trained = [lora(base, who, cache, scale.lora_steps) for who in everybody]
-    return World(base, looks, trained[: scale.subjects], trained[scale.subjects :], scale)
+    group = subjects()[: scale.osrm]
+    started = [osrm_lora(base, who, group, cache, scale.lora_steps) for who in group]
+    return World(base, looks, trained[: scale.subjects], trained[scale.subjects :], started, scale)

@@ -21,9 +21,9 @@ from .pool import random_look
 from .scenes import COLOUR_NAMES, PATTERNS, SHAPES, SIZE, STYLES, Look, Scene, Thing, draw
 from .training import CACHE
 
-STEPS, BATCH = 1200, 64
+STEPS, BATCH = 2500, 64
 STYLE_NAMES = (None, *STYLES)
-_UNORDERED = ("striped", "banded", "checkered")
+_UNORDERED = ("striped", "banded")
 
 
 class Verdict(NamedTuple):
@@ -112,8 +112,8 @@ def _examples(chooser: random.Random, generator: torch.Generator) -> tuple[Tenso
     answers = [
         [SHAPES.index(t.shape) for t in things],
         [PATTERNS.index(t.look.pattern) for t in things],
-        [COLOUR_NAMES.index(t.look.first) for t in things],
-        [COLOUR_NAMES.index(t.look.first if t.look.pattern == "plain" else t.look.second) for t in things],
+        [COLOUR_NAMES.index(_colours(t.look)[0]) for t in things],
+        [COLOUR_NAMES.index(_colours(t.look)[1]) for t in things],
         [STYLE_NAMES.index(style) for style in styles],
     ]
     return batch, [torch.tensor(one) for one in answers]
@@ -132,10 +132,15 @@ def _ragged(pictures: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _thing(chooser: random.Random) -> Thing:
-    look = random_look(chooser)
-    if look.pattern in _UNORDERED and look.first > look.second:  # stripes have no first colour: name them in one order
-        look = Look(look.pattern, look.second, look.first)
-    return Thing(chooser.choice(SHAPES), look)
+    return Thing(chooser.choice(SHAPES), random_look(chooser))
+
+
+def _colours(look: Look) -> tuple[str, str]:
+    """What the judge is to answer; stripes have no first colour, so theirs are named in one order."""
+    if look.pattern == "plain":
+        return look.first, look.first
+    pair = (look.first, look.second)
+    return (min(pair), max(pair)) if look.pattern in _UNORDERED else pair
 
 
 def judge(cache: Path = CACHE, steps: int = STEPS) -> Judge:

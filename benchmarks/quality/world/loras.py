@@ -62,17 +62,35 @@ def key_map(model: nn.Module) -> dict[str, KeyTarget]:
     }
 
 
+@contextmanager
+def reading(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """What the last forward pass fed to each layer that LoRAs change, (tokens, in)."""
+    inputs: dict[str, Tensor] = {}
+
+    def hook(path: str) -> Callable[..., None]:
+        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs[path] = args[0].detach().flatten(0, -2)
+
+        return keep
+
+    handles = [module.register_forward_pre_hook(hook(path)) for path, module in targets(model).items()]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class _Factors(nn.Module):
     """Trainable down and up of every target."""
 
-    def __init__(self, model: nn.Module, seed: int) -> None:
+    def __init__(self, model: nn.Module, seed: int, start: Mapping[str, Tensor] | None) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.paths = list(targets(model))
         shapes = [targets(model)[path].weight.shape for path in self.paths]
-        self.down = nn.ParameterList(
-            [torch.randn(RANK, inner, generator=generator) / inner**0.5 for _, inner in shapes]
-        )
+        drawn = [torch.randn(RANK, inner, generator=generator) / inner**0.5 for _, inner in shapes]
+        self.down = nn.ParameterList(drawn if start is None else [start[path] for path in self.paths])
         self.up = nn.ParameterList([torch.zeros(outer, RANK) for outer, _ in shapes])
 
     @contextmanager
@@ -91,7 +109,7 @@ class _Factors(nn.Module):
                 handle.remove()
 
 
-def _subject_scenes(subject: Subject, seed: int) -> list[tuple[Scene, str]]:
+def subject_scenes(subject: Subject, seed: int) -> list[tuple[Scene, str]]:
     """The subject alone, and beside another object on either side, with captions."""
     chooser = random.Random(seed)
     found = []
@@ -126,9 +144,16 @@ def _batches(scenes: Sequence[tuple[Scene, str]], seed: int) -> Callable[[int], 
     return batch
 
 
-def train(base: Painter, batches: Callable[[int], Batch], seed: int, steps: int, label: str) -> dict[str, Tensor]:
-    """Train one LoRA; returns the tensors of its file."""
-    factors = _Factors(base, seed)
+def train(
+    base: Painter,
+    batches: Callable[[int], Batch],
+    seed: int,
+    steps: int,
+    label: str,
+    start: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Train one LoRA, from downs of the caller's if there are any; returns the tensors of its file."""
+    factors = _Factors(base, seed, start)
     with factors.attached(base):
         fit(base, factors.parameters(), batches, steps=steps, rate=RATE, seed=seed, label=label)
     tensors = {}
@@ -138,16 +163,25 @@ def train(base: Painter, batches: Callable[[int], Batch], seed: int, steps: int,
     return tensors
 
 
-def lora(base: Painter, who: Subject | Style, cache: Path = CACHE, steps: int = STEPS) -> Trained:
-    """One LoRA: from the cache, else trained."""
+def lora(
+    base: Painter,
+    who: Subject | Style,
+    cache: Path = CACHE,
+    steps: int = STEPS,
+    *,
+    name: str = "",
+    start: Callable[[], Mapping[str, Tensor]] | None = None,
+) -> Trained:
+    """One LoRA: from the cache, else trained; `start` makes its downs at the beginning."""
     is_subject = isinstance(who, Subject)
-    name = f"{'subject' if is_subject else 'style'}{who.index}"
+    name = name or f"{'subject' if is_subject else 'style'}{who.index}"
     path = cache / f"{name}_{steps}.safetensors"
     if not path.exists():
         seed = 50 + who.index
-        scenes = _subject_scenes(who, seed) if isinstance(who, Subject) else _style_scenes(who, seed)
+        scenes = subject_scenes(who, seed) if isinstance(who, Subject) else _style_scenes(who, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(train(base, _batches(scenes, seed), 900 + who.index, steps, name), path)
+        downs = None if start is None else start()
+        save_file(train(base, _batches(scenes, seed), 900 + who.index, steps, name, downs), path)
     tensors = load_file(path)
     adapter = read_adapter(tensors, key_map(base), name=name, fingerprint=tensors_hash(tensors))
     if isinstance(who, Subject):

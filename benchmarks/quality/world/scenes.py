@@ -21,13 +21,11 @@ COLOURS = {
     "green": (0.10, 0.65, 0.20),
     "blue": (0.10, 0.25, 0.90),
     "yellow": (0.95, 0.85, 0.10),
-    "purple": (0.55, 0.15, 0.70),
     "cyan": (0.10, 0.80, 0.85),
     "black": (0.08, 0.08, 0.08),
-    "orange": (0.95, 0.50, 0.05),
 }
 COLOUR_NAMES = tuple(COLOURS)
-PATTERNS = ("plain", "striped", "banded", "dotted", "checkered")
+PATTERNS = ("plain", "striped", "banded", "dotted")
 STYLES = ("negative", "soft", "lined", "outlined", "posterised")
 
 
@@ -38,7 +36,7 @@ class Look:
     Attributes:
         pattern: One of `PATTERNS`; the second colour of a plain one is ignored.
         first: Main colour.
-        second: Colour of the stripes, bands, dots or checks.
+        second: Colour of the stripes, bands or dots.
     """
 
     pattern: str
@@ -113,7 +111,6 @@ def _paint(things: Sequence[Thing], u: Tensor, v: Tensor) -> Tensor:
         "striped": (torch.sin(u * 6.5) > 0).float(),
         "banded": (torch.sin(v * 6.5 + 1.57) > 0).float(),
         "dotted": ((torch.cos(u * 6.2) + torch.cos(v * 6.2)) > 0.75).float(),
-        "checkered": ((torch.sin(u * 4.8) * torch.sin(v * 4.8)) > 0).float(),
     }
     mix = torch.stack([waves[thing.look.pattern][i] for i, thing in enumerate(things)])[:, None]
     return first * (1 - mix) + second * mix

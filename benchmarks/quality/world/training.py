@@ -20,7 +20,7 @@ CACHE = Path(".cache/quality")
 Runs = tuple[tuple[int, float], ...]
 """(steps, learning rate) of runs that each end at rate zero."""
 
-BASE_RUNS: Runs = ((4500, 1.5e-3), (2500, 1.2e-3))
+BASE_RUNS: Runs = ((5500, 1.5e-3),)
 BASE_BATCH = 32
 EMPTY_CAPTIONS = 0.1
 

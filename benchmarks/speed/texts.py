@@ -1,0 +1,46 @@
+"""What the page says between its tables."""
+
+INTRO = """# Speed and memory
+
+A transformer of a DiT's shape with random weights (joint attention, separate q, k, v, proj, MLP of 4 d) and LoRAs with
+random factors on every linear layer, through the engine's own calibrate and merge. All ratios are taken within
+one repetition, with the runs by turns; tables give the median and, in brackets, the least and the greatest. d is the
+width, N the tokens (an eighth of them text), K the number of LoRAs, r their rank, R = K r."""
+
+CALIBRATION = """## Calibration against bare forward passes
+
+K calibration passes over K passes of the model alone. *Predicted* is what the added operations would cost if each took
+as long as one of the forward pass: for a layer of i inputs and o outputs, 2 N i R to project, 2 N R^2 for the Gram,
+2 N r o for the active LoRA, and 4 i r^2 + 2 o r^2 for its coordinates, over 2 N i o and attention's 4 N^2 d.
+*Factor* is measured over predicted overhead. *Plain LoRA* is the same K passes with each LoRA in a hook and nothing
+recorded, over the bare passes."""
+
+PUBLISHED = """## Against the published algorithm
+
+Followed literally from its description: a clone of all weights copied back for each LoRA (once a task; the authors'
+code does it twice), dense deltas added, Grams copied to the host in every hook call and summed there in float64, a
+general solver layer by layer. *Overhead* is the whole merge less K bare passes. *Routers* is the largest relative
+difference between its routers and those of the engine's mode `paper` and calibration: both do the same."""
+
+SAMPLING = """## Sampled inputs and refinement
+
+The same calibration with up to 256 whole inputs of each layer and LoRA kept (the nodes' default), over bare passes and
+over the calibration above; and the merge that is refined by them, over the merge above. Refinement solves in the space
+of the sampled tokens, at most 1280 of them, whatever the width; its cost falls on the solve, not on the passes."""
+
+MEMORY = """## Memory
+
+Peak of everything that PyTorch allocates, above the peak of a bare pass, in MiB. *R^2 terms* are the Grams;
+*predicted* adds the coordinates, the active ups and z of the layer with the most tokens. *With samples* keeps up to
+256 whole inputs of each layer and LoRA besides."""
+
+SOLVE = """## Solve and absorb
+
+Square layers, statistics of 4 R random tokens a LoRA. *Engine* prepares the canonical problem, solves by Cholesky in
+batches, absorbs the router and estimates the condition; *sequential* is the published ridge, solved by
+`torch.linalg.solve` one layer at a time, and absorbed. *Solver alone* compares the two solvers on the same matrices."""
+
+STORAGE = """## Files
+
+The engine's saving and loading over a plain write and read of as many bytes, without fsync, from the page cache.
+Saving copies triangles of Grams or merges' tensors, loading checks every value."""
