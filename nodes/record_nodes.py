@@ -26,6 +26,7 @@ from .loading import load
 from .options import calibration_options, solve_method, solve_options
 from .record_inputs import record_size_inputs
 from .record_weights import parse_prompt_weights, record_notes, weighted
+from .showing import merge_ui
 
 _CLIP_TIP = "Encodes the prompts; text-encoder layers of the LoRAs are recorded too."
 _ALIASES = ["calibrate once", "lora library", "reuse calibration", "merge without sampling"]
@@ -89,6 +90,7 @@ class SSRMergeFromRecords(io.ComfyNode):
             category=CATEGORY,
             description="Merges any set of LoRAs from their records, without sampling. A LoRA that has none is recorded "
             "first: one pass, and never again.",
+            has_intermediate_output=True,
             search_aliases=["merge lora", "combine loras", *_ALIASES],
             inputs=[
                 io.Model.Input("model", tooltip=MODEL_TIP),
@@ -133,7 +135,7 @@ class SSRMergeFromRecords(io.ComfyNode):
         )
         text = report.to_markdown()
         socket = pipeline.socket_of(calibration, loaded)
-        return io.NodeOutput(merged.model, merged.clip, merged.lora, socket, text, ui=ui.PreviewText(text))
+        return io.NodeOutput(merged.model, merged.clip, merged.lora, socket, text, ui=merge_ui(report, text))
 
 
 def _own_inputs() -> list[io.Input]:

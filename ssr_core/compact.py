@@ -12,13 +12,15 @@ LIMIT = 600_000
 """Characters of JSON. A server keeps the answers of its last runs in memory."""
 VERSION = 1
 _DETAILS = 20
+_SPARED = ("closest", "overlap", "held_task_errors", "task_errors", "crosstalk")
+"""Columns of the layers that go first, in this order, where not all fit: those that grow with the LoRAs."""
 
 
 def compact_report(report: MergeReport, limit: int = LIMIT) -> dict[str, object]:
     """`MergeReport.to_json()` with its layers as one table and numbers to four digits, within `limit` characters.
 
-    What does not fit is left out and counted in `omitted`: first the layers' crosstalk matrices, then the layers
-    with the smallest error, then whatever else is too long.
+    What does not fit is left out and counted in `omitted`: first the layers' columns that grow with the number of
+    LoRAs, then the layers with the smallest error; and whatever else is too long.
 
     Args:
         report: The report.
@@ -54,9 +56,15 @@ def _table(layers: Sequence[Mapping[str, Any]], room: int) -> tuple[dict[str, ob
     """The layers as columns and rows within `room` characters, and what was left out of them."""
     omitted: dict[str, object] = {}
     columns = list(layers[0]) if layers else []
-    if _length(layers) > room and "crosstalk" in columns:
-        columns.remove("crosstalk")
-        omitted["layer_crosstalk"] = True
+    sizes = {column: sum(_length(layer.get(column)) + 2 for layer in layers) for column in columns}
+    dropped = []
+    for column in _SPARED:
+        if sum(sizes.values()) > room and column in columns:
+            columns.remove(column)
+            dropped.append(column)
+            del sizes[column]
+    if dropped:
+        omitted["layer_columns"] = dropped
     rows = [[layer.get(column) for column in columns] for layer in layers]
     order = sorted(range(len(rows)), key=lambda index: -_worst(layers[index]))
     kept, used = set[int](), _length(columns)

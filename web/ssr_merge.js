@@ -12,7 +12,7 @@ import { reportOf } from "./ssr/report.js";
 import { wordsFor } from "./ssr/text.js";
 import { createTriggers } from "./ssr/triggers.js";
 
-const PANEL_NODES = new Set(["SSRMerge", "SSRCalibrate", "SSRSolve", "SSRNPLoRAMerge"]);
+const PANEL_NODES = new Set(["SSRMerge", "SSRCalibrate", "SSRSolve", "SSRNPLoRAMerge", "SSRMergeFromRecords"]);
 const PANEL_HEIGHT = 312;
 const TRIGGERS_HEIGHT = 66;
 const WIDTH = 380; // two matrices of three LoRAs side by side

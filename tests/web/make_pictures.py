@@ -24,6 +24,7 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 from safetensors.torch import save_file
 from workflow_graphs import GRAPHS
+from workflow_records import RECORD_GRAPHS
 from worlds import NAMES, PACK, PROMPTS, furnish, write_loras
 
 from tests.host.server import Server
@@ -118,7 +119,7 @@ def templates(desk: Desk) -> None:
 
 def write_names(base: Path) -> None:
     """Files of the names in the example workflows, so that nothing is marked as missing; they are never run."""
-    for node in (node for nodes_ in GRAPHS.values() for node in nodes_):
+    for node in (node for nodes_ in (GRAPHS | RECORD_GRAPHS).values() for node in nodes_):
         for input_name, value in node[4].items():
             folder = FOLDERS.get(input_name.rstrip("12"))
             if folder == "loras":

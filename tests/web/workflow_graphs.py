@@ -123,9 +123,7 @@ GRAPHS = {
         ),
         ("table", "PreviewAny", 900, 700, {}, {"source": "compare.3"}, "Comparison"),
         ("pictures", "SSRReport", 1340, 420, {}, {"lora": "compare.2"}, "Pictures of the merge in use"),
-        *sampling(
-            "a", "compare.0", "compare.1", "ckpt.2", 0, "a photo of sks dog and zwx cat sitting together on a sofa"
-        ),
+        *sampling("a", "compare.0", "compare.1", "ckpt.2", 0, TOGETHER),
         note(
             "note",
             0,

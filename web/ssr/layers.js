@@ -5,7 +5,7 @@ import { findLayers, format, layersOf } from "./report.js";
 import { crosstalkView } from "./result.js";
 
 const SHOWN = 200;
-const HIDDEN = new Set(["target", "crosstalk", "measures"]);
+const HIDDEN = new Set(["target", "crosstalk", "measures", "overlap", "closest"]);
 
 export function layersView(report, words) {
   const layers = layersOf(report);
@@ -91,7 +91,7 @@ function showLayer(detail, layer, report, words) {
   const pairs = [...shown, ...Object.entries(layer.measures ?? {})];
   const names = (layer.tasks ?? []).map((index) => report.tasks[index]);
   const numbers = h("dl", {}, ...pairs.flatMap(([name, value]) => entry(name, value, report, words)));
-  const matrix = layer.crosstalk ? crosstalkView(layer, names, words) : report.omitted?.layer_crosstalk && words.matrixOmitted;
+  const matrix = layer.crosstalk ? crosstalkView(layer, names, words) : report.omitted?.layer_columns?.includes("crosstalk") && words.matrixOmitted;
   const title = h("b", {}, layer.target);
   detail.replaceChildren(title, numbers, ...(matrix && names.length > 1 ? [matrix] : []));
 }
@@ -107,9 +107,10 @@ function entry(name, value, report, words) {
 function inWords(name, value, report, words) {
   if (name === "status") return words.status[value] ?? value;
   if (name === "tasks") return value.map((index) => index + 1).join(", ");
-  if (Array.isArray(value)) return value.map((item) => (typeof item === "object" ? JSON.stringify(item) : format(item))).join(", ");
+  if (Array.isArray(value)) return value.map(format).join(", ");
   if (value && typeof value === "object") {
-    return Object.entries(value).map(([key, item]) => `${words.routers[key] ?? key} ${format(item)}`).join(", ");
+    const each = (item) => [item].flat().map(format).join(" / ");
+    return Object.entries(value).map(([key, item]) => `${words.routers[key] ?? key} ${each(item)}`).join(", ");
   }
   return format(value);
 }

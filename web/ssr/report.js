@@ -1,6 +1,6 @@
 // Reading a report (ssr_core/compact.py). No page, no server: plain values in, plain values out.
 
-const ERRORS = "reconstruction_error_on_";
+const ERRORS = /^reconstruction_error_(?:on_)?(?!by_)/;
 
 /** The report in a node's `ui` output, or null. */
 export function reportOf(output) {
@@ -19,9 +19,9 @@ export function layersOf(report) {
  * @returns {{sets: string[], rows: {router: string, values: (number|null)[]}[]}}
  */
 export function errorTable(report) {
-  const found = Object.entries(report).filter(([name, value]) => name.startsWith(ERRORS) && value);
-  const sets = found.map(([name]) => name.slice(ERRORS.length)).filter((_, i) => hasNumber(found[i][1]));
-  const tables = found.map(([, value]) => value).filter(hasNumber);
+  const found = Object.entries(report).filter(([name, value]) => ERRORS.test(name) && value && hasNumber(value));
+  const sets = found.map(([name]) => name.replace(ERRORS, ""));
+  const tables = found.map(([, value]) => value);
   const routers = [...new Set(tables.flatMap((table) => Object.keys(table)))];
   return { sets, rows: routers.map((router) => ({ router, values: tables.map((t) => numberOf(t[router])) })) };
 }

@@ -6,7 +6,8 @@ const REPORT = {
   kind: "merge",
   tasks: ["a", "b"],
   reconstruction_error_on_calibration: { result: 0.25, sum: 1.5, average: null },
-  reconstruction_error_on_heldout: { result: 0.5, sum: 1.25, gains: 0.75 },
+  reconstruction_error_by_lora: [{ calibration: { result: 1 } }],
+  reconstruction_error_held_out: { result: 0.5, sum: 1.25, gains: 0.75 },
   layers: {
     columns: ["target", "status", "part", "errors"],
     rows: [
@@ -31,7 +32,7 @@ test("layers come back as objects", () => {
 
 test("errors: every router and every set of tokens, gaps as null", () => {
   assert.deepEqual(errorTable(REPORT), {
-    sets: ["calibration", "heldout"],
+    sets: ["calibration", "held_out"],
     rows: [
       { router: "result", values: [0.25, 0.5] },
       { router: "sum", values: [1.5, 1.25] },
