@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,16 +124,39 @@ def _joint_basis(own: InputMoments, theirs: InputMoments) -> Tensor:
     return spanned
 
 
-def energy(layer: LoRALayer, moments: InputMoments, minus: LoRALayer | None = None) -> float:
+class Range(NamedTuple):
+    """What is known of a number: it lies between these; equal where it is exact."""
+
+    low: float
+    high: float
+
+    def over(self, other: Range) -> Range:
+        """The quotient of two that are not negative."""
+        return Range(self.low / max(other.high, 1e-300), self.high / max(other.low, 1e-300))
+
+
+def energy(layer: LoRALayer, moments: InputMoments, minus: LoRALayer | None = None) -> Range:
     """Mean squared norm of a layer's output, or of the difference of two, over the tokens: tr(dW C dW^T).
+
+    Of a sketch C' <= C it is known within `tr(C - C') |dW|_2^2`: a refit fits what the sketch knows, so
+    that its lower bound alone would flatter it.
 
     Args:
         layer: The change dW; never made dense.
         moments: C.
         minus: Subtracted from it.
     """
-    device = moments.total.device
+    up, down = _difference(layer, minus, moments.total.device)
+    known = moments.per_token()
+    least = max(0.0, float(((up.T @ up) * known.gram_of(down)).sum()))
+    if known.exact:
+        return Range(least, least)
+    core = torch.linalg.qr(up)[1] @ torch.linalg.qr(down.T)[1].T
+    return Range(least, least + known.spectrum.rest * float(torch.linalg.matrix_norm(core, 2)) ** 2)
+
+
+def _difference(layer: LoRALayer, minus: LoRALayer | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Factors (out, R) and (R, d) of one change less another."""
     parts = [(layer, 1.0), *([(minus, -1.0)] if minus is not None else [])]
     up = torch.cat([sign * one.scale * one.up.to(device, torch.float64) for one, sign in parts], dim=1)
-    down = torch.cat([one.down.to(device, torch.float64) for one, _ in parts])
-    return max(0.0, float(((up.T @ up) * moments.per_token().gram_of(down)).sum()))
+    return up, torch.cat([one.down.to(device, torch.float64) for one, _ in parts])

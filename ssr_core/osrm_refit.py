@@ -12,7 +12,7 @@ from .adapters import Adapter, LoRALayer
 from .input_hooks import whole_module
 from .moments import InputMoments
 from .osrm import layer_generator, pooled
-from .osrm_layer import RefitOptions, energy, refit_layer
+from .osrm_layer import Range, RefitOptions, energy, refit_layer
 from .targets import Target
 
 
@@ -23,7 +23,8 @@ class RefitLayerReport:
     Attributes:
         target: Module and rows.
         kept: Share of the energy of its function that the change leaves standing: 1 less the energy of the
-            difference over that of the function, on its own inputs. Below 0 if it does harm.
+            difference over that of the function, on its own inputs. Below 0 if it does harm. A range, as
+            the others: of sketched inputs no more is known.
         weights_only: Whether `kept` was taken over the weights, for lack of own inputs.
         before: Energy of its outputs on the others' inputs, relative to that on its own (or, for lack of
             those, to that of its weights on inputs of the same power in all directions).
@@ -31,10 +32,10 @@ class RefitLayerReport:
     """
 
     target: Target
-    kept: float
+    kept: Range
     weights_only: bool
-    before: float
-    after: float
+    before: Range
+    after: Range
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,12 @@ class RefitReport:
     unchanged: Mapping[Target, str]
 
     @property
-    def kept(self) -> float:
+    def kept(self) -> Range:
         """Mean over the layers; nan without any."""
         return _mean([one.kept for one in self.layers])
 
     @property
-    def interference(self) -> tuple[float, float]:
+    def interference(self) -> tuple[Range, Range]:
         """Mean energy on the others' inputs over that on its own, before and after."""
         return _mean([one.before for one in self.layers]), _mean([one.after for one in self.layers])
 
@@ -66,18 +67,19 @@ def compare(
     target: Target, old: LoRALayer, new: LoRALayer, own: InputMoments | None, others: InputMoments
 ) -> RefitLayerReport:
     """How much of its function a layer keeps, and what it does on the others' inputs."""
-    if own is not None and energy(old, own) > 0:
+    if own is not None and energy(old, own).high > 0:
         reference = measured = own
     else:  # white inputs of the others' power
         measured, power = None, others.trace / max(others.tokens, 1e-300) / others.width
         reference = InputMoments(power * torch.eye(others.width).to(others.total), power * others.width, 1.0)
-    function = max(energy(old, reference), 1e-300)
+    function = energy(old, reference)
+    lost = energy(new, reference, minus=old).over(function)
     return RefitLayerReport(
         target,
-        1 - energy(new, reference, minus=old) / function,
+        Range(1 - lost.high, 1 - lost.low),
         measured is None,
-        energy(old, others) / function,
-        energy(new, others) / function,
+        energy(old, others).over(function),
+        energy(new, others).over(function),
     )
 
 
@@ -134,8 +136,16 @@ def osrm_refit(
     return RefitResult(tuple(refitted), tuple(reports))
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
+def _mean(values: Sequence[Range]) -> Range:
+    if not values:
+        return Range(math.nan, math.nan)
+    return Range(*(math.fsum(side) / len(values) for side in zip(*values, strict=True)))
+
+
+def _text(value: Range, unit: str = "", scale: float = 1.0) -> str:
+    """A number as people read it, or what it lies between."""
+    low, high = (f"{scale * one:.3g}" for one in value)
+    return (low if low == high else f"{low} to {high}") + unit
 
 
 def refit_markdown(reports: Sequence[RefitReport], options: RefitOptions) -> str:
@@ -150,18 +160,25 @@ def refit_markdown(reports: Sequence[RefitReport], options: RefitOptions) -> str
     ]
     for report in reports:
         before, after = report.interference
-        kept = f"{100 * report.kept:.1f} %" if report.layers else "all"
-        lines.append(f"| {report.name} | {len(report.layers)} | {kept} | {before:.3g} | {after:.3g} |")
+        kept = _text(report.kept, " %", 100) if report.layers else "all"
+        lines.append(f"| {report.name} | {len(report.layers)} | {kept} | {_text(before)} | {_text(after)} |")
     lines += [
         "",
         "Function: energy of the LoRA's output on its own prompts, less that of the change. Interference: energy "
         "of its output on the others' prompts, as a multiple of that on its own.",
     ]
+    if any(one.after.low < one.after.high for report in reports for one in report.layers):
+        lines += [
+            "",
+            "From ... to: wide layers are sketched, and the truth lies in between: the refit was fitted to what the "
+            "sketch knows, and does less well on the rest. A larger exact_limit or sketch narrows it down.",
+        ]
     for report in reports:
         worst = min(report.layers, key=lambda one: one.kept, default=None)
-        if worst is not None and report.kept < 0.5:
+        if worst is not None and report.kept.low < 0.5:
+            loses = "loses" if report.kept.high < 0.5 else "may lose"
             lines.append(
-                f"\nWarning: {report.name} loses most of its own function (least is kept in {worst.target}). "
+                f"\nWarning: {report.name} {loses} most of its own function (least is kept in {worst.target}). "
                 "Lower the strength or use mode contrast."
             )
         blind = sum(one.weights_only for one in report.layers)

@@ -20,8 +20,8 @@ EYE = torch.eye
 def test_energy_is_that_of_the_dense_outputs():
     x, a, b = randn(10, 1, 50, 12), lora(1, 9, 12, 3, alpha=1.5), lora(2, 9, 12, 3)
     moments = moments_of(x)
-    assert energy(a, moments) == pytest.approx(float((x[0] @ a.delta().T).square().sum()) / 50)
-    assert energy(a, moments, b) == pytest.approx(float((x[0] @ (a.delta() - b.delta()).T).square().sum()) / 50)
+    assert energy(a, moments).low == pytest.approx(float((x[0] @ a.delta().T).square().sum()) / 50)
+    assert energy(a, moments, b).low == pytest.approx(float((x[0] @ (a.delta() - b.delta()).T).square().sum()) / 50)
 
 
 def test_analytic_is_the_papers_closed_form():
@@ -85,7 +85,7 @@ def test_refit_of_an_orthogonal_pair_changes_nothing(mode, moments):
     result = osrm_refit(adapters, gathered, RefitOptions(mode, energy=1.0))
     for old, new, report in zip(adapters, result.adapters, result.reports, strict=True):
         assert rel(new.layers[LAYER].delta(), old.layers[LAYER].delta()) < 1e-9
-        assert report.interference[0] < 1e-9
+        assert report.interference[0].high < 1e-9
 
 
 def test_reports_are_the_dense_truth_and_contrast_keeps_more_than_the_paper():
@@ -102,15 +102,59 @@ def test_reports_are_the_dense_truth_and_contrast_keeps_more_than_the_paper():
             old, new = layers[k].delta(), result.adapters[k].layers[LAYER].delta()
             function = float((own @ old.T).square().sum())
             (row,) = result.reports[k].layers
-            assert row.kept == pytest.approx(1 - float((own @ (new - old).T).square().sum()) / function)
-            assert row.before == pytest.approx(float((other @ old.T).square().sum()) / function)
-            assert row.after == pytest.approx(float((other @ new.T).square().sum()) / function, abs=1e-12)
-            assert row.after < row.before
+            assert row.kept.low == pytest.approx(1 - float((own @ (new - old).T).square().sum()) / function)
+            assert row.before.low == pytest.approx(float((other @ old.T).square().sum()) / function)
+            assert row.after.low == pytest.approx(float((other @ new.T).square().sum()) / function, abs=1e-12)
+            assert row.after.high < row.before.low
     for k in range(2):
-        kept = {mode: reports[mode][k].kept for mode in REFIT_MODES}
+        kept = {mode: reports[mode][k].kept.low for mode in REFIT_MODES}
         assert kept["contrast"] > kept["project"] and kept["contrast"] > kept["analytic"]
     text = refit_markdown(reports["analytic"], RefitOptions("analytic"))
     assert "Warning: lora0 loses most of its own function" in text and "lora1" in text
+
+
+COARSE = MomentOptions("tokens", exact_limit=0, sketch=24)
+
+
+def slowly_decaying():
+    """Two LoRAs and inputs of 256 directions with eigenvalues 1/k, of which a sketch of 24 knows a part."""
+    adapters = [Adapter(f"lora{k}", f"lora{k}", {LAYER: lora(90 + k, 32, 256, 4)}) for k in range(2)]
+    sizes = torch.arange(1, 257, dtype=F64) ** -0.5
+    frames = [torch.linalg.qr(randn(92 + k, 256, 256))[0] for k in range(2)]
+    return adapters, [(randn(94 + k, 800, 256) * sizes @ frames[k].T)[None] for k in range(2)]
+
+
+@pytest.mark.parametrize("mode", REFIT_MODES)
+def test_the_report_of_sketched_layers_is_a_range_that_holds_the_truth(mode):
+    adapters, inputs = slowly_decaying()
+    options = RefitOptions(mode)
+    result = osrm_refit(adapters, [{LAYER: moments_of(x, COARSE)} for x in inputs], options)
+    for k, report in enumerate(result.reports):
+        own, other = inputs[k][0], inputs[1 - k][0]
+        old, new = (one.layers[LAYER].delta() for one in (adapters[k], result.adapters[k]))
+        function = float((own @ old.T).square().sum())
+        truth = {
+            "kept": 1 - float((own @ (new - old).T).square().sum()) / function,
+            "before": float((other @ old.T).square().sum()) / function,
+            "after": float((other @ new.T).square().sum()) / function,
+        }
+        (row,) = report.layers
+        for name, value in truth.items():
+            low, high = getattr(row, name)
+            assert low < value < high, name
+    text = refit_markdown(result.reports, options)
+    assert " to " in text and "wide layers are sketched" in text
+    exact = osrm_refit(adapters, [{LAYER: moments_of(x)} for x in inputs], options)
+    assert "sketched" not in refit_markdown(exact.reports, options)
+
+
+def test_the_bound_of_an_energy_is_the_rest_times_the_largest_singular_value():
+    adapters, inputs = slowly_decaying()
+    a, b = (one.layers[LAYER] for one in adapters)
+    moments = moments_of(inputs[0], COARSE)
+    low, high = energy(a, moments, b)
+    largest = float(torch.linalg.matrix_norm(a.delta() - b.delta(), 2))
+    assert high - low == pytest.approx(moments.per_token().spectrum.rest * largest**2, rel=1e-9)
 
 
 def test_without_own_inputs_weights_are_compared_and_said_so():
@@ -119,7 +163,7 @@ def test_without_own_inputs_weights_are_compared_and_said_so():
     result = osrm_refit(adapters, [{}, {LAYER: others}], RefitOptions("project"))
     (row,) = result.reports[0].layers
     change = result.adapters[0].layers[LAYER].delta() - layer.delta()
-    assert row.weights_only and row.kept == pytest.approx(1 - float(change.norm() ** 2 / layer.delta().norm() ** 2))
+    assert row.weights_only and row.kept.low == pytest.approx(1 - float(change.norm() ** 2 / layer.delta().norm() ** 2))
     assert "judged by weights" in refit_markdown(result.reports, RefitOptions("project"))
     contrast = osrm_refit(adapters, [{}, {LAYER: others}], RefitOptions("contrast", ridge=1e-9))
     c = others.total / 200
