@@ -147,6 +147,13 @@ class InputMoments:
         values, vectors = values[keep], vectors[:, keep]
         return Spectrum(values, vectors, max(0.0, self.trace - float(values.sum())))
 
+    @property
+    def unexplained(self) -> float:
+        """Mean energy in a direction that a sketch does not know, `rest / (d - p)`; 0 where C is there."""
+        if self.exact:
+            return 0.0
+        return self.spectrum.rest / max(1, self.width - len(self.spectrum.values))
+
     def _nystroem(self, total: Tensor) -> tuple[Tensor, Tensor]:
         omega = sketch_matrix(self.width, total.shape[1]).to(total)
         core = omega.T @ total

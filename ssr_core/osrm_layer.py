@@ -9,7 +9,8 @@ directions chosen without it. The second keeps the LoRA but for directions that 
 used by its own task or not. The third is the minimiser of the change of its own outputs plus s times
 the energy of its outputs on the others' inputs: it gives a direction up as far as the others use it
 more than the LoRA's own task. Ranks, ups and alphas stay as they are in the last two, and a LoRA
-whose down the others' inputs do not reach is unchanged by both.
+whose down the others' inputs do not reach is unchanged by both; of a sketch the contrast assumes that
+what it does not know of them is spread evenly over all other directions.
 """
 
 from __future__ import annotations
@@ -94,24 +95,36 @@ def refit_layer(
 def _contrast(down: Tensor, own: InputMoments | None, others: InputMoments, options: RefitOptions) -> Tensor:
     """What contrast takes off down, (r, d): s down C_o (C_t + s C_o + mu I)^-1.
 
-    Computed in a basis of all directions that the moments know; outside of it nothing is taken off.
+    Computed in a basis of all directions that the moments know. To what a sketch does not know it gives
+    the mean of the energy there, in both moments: with C' alone, which is less than C, energy that the
+    sketch happens to know on one side and not on the other would pass for a difference.
     """
     theirs = others.per_token()
-    power = theirs.trace / theirs.width
+    power, outside = theirs.trace / theirs.width, options.strength * theirs.unexplained
     if own is None:
         basis = theirs.spectrum.vectors
-        mine = power * torch.eye(basis.shape[1]).to(basis)
+        mine, kept = power * torch.eye(basis.shape[1]).to(basis), power
     else:
         own = own.per_token()
-        basis = _joint_basis(own, theirs)
-        mine, power = own.gram_of(basis.T), power + own.trace / own.width
-    gram = options.strength * theirs.gram_of(basis.T)
-    total = mine + gram + options.ridge * power * torch.eye(basis.shape[1]).to(basis)
-    if basis.shape[1] == 0 or power <= 0:
+        basis, kept = _joint_basis(own, theirs), own.unexplained
+        mine, power = _filled(own, basis), power + own.trace / own.width
+    if power <= 0:
         return torch.zeros_like(down)
+    gram = options.strength * _filled(theirs, basis)
+    total = mine + gram + options.ridge * power * torch.eye(basis.shape[1]).to(basis)
     reached = down @ basis
     taken: Tensor = torch.linalg.solve(total, (reached @ gram).T).T
-    return taken @ basis.T
+    beyond = outside / (kept + outside + options.ridge * power)
+    return taken @ basis.T + beyond * (down - reached @ basis.T)
+
+
+def _filled(moments: InputMoments, basis: Tensor) -> Tensor:
+    """(p, p): C in a basis that spans all that is known of it, the rest spread evenly over what is not known."""
+    gram = moments.gram_of(basis.T)
+    if moments.exact:
+        return gram
+    known = basis.T @ moments.spectrum.vectors
+    return gram + moments.unexplained * (torch.eye(len(known)).to(known) - known @ known.T)
 
 
 def _joint_basis(own: InputMoments, theirs: InputMoments) -> Tensor:

@@ -170,8 +170,8 @@ def refit_markdown(reports: Sequence[RefitReport], options: RefitOptions) -> str
     if any(one.after.low < one.after.high for report in reports for one in report.layers):
         lines += [
             "",
-            "From ... to: wide layers are sketched, and the truth lies in between: the refit was fitted to what the "
-            "sketch knows, and does less well on the rest. A larger exact_limit or sketch narrows it down.",
+            "From ... to: wide layers are sketched, and the truth lies in between: of what the sketch does "
+            "not know, only the total energy is known. A larger exact_limit or sketch narrows it down.",
         ]
     for report in reports:
         worst = min(report.layers, key=lambda one: one.kept, default=None)

@@ -148,6 +148,24 @@ def test_the_report_of_sketched_layers_is_a_range_that_holds_the_truth(mode):
     assert "sketched" not in refit_markdown(exact.reports, options)
 
 
+def test_contrast_under_a_sketch_spreads_what_it_does_not_know_and_does_better_for_it():
+    adapters, inputs = slowly_decaying()
+    moments = [moments_of(x, COARSE).per_token() for x in inputs]
+    eye, truth = EYE(256, dtype=F64), [x[0].T @ x[0] / 800 for x in inputs]
+    known = [(m.spectrum.vectors * m.spectrum.values) @ m.spectrum.vectors.T for m in moments]
+    outside = [eye - m.spectrum.vectors @ m.spectrum.vectors.T for m in moments]
+    filled = [c + m.spectrum.rest / float(p.trace()) * p for c, m, p in zip(known, moments, outside, strict=True)]
+    ridge = RefitOptions().ridge * float((truth[0] + truth[1]).trace()) / 256 * eye
+    old = adapters[0].layers[LAYER]
+    found = refit_layer(old, moments[0], moments[1], RefitOptions(), rng(0)).delta()
+    for (own, others), same in ((filled, True), (known, False)):
+        delta = old.delta() @ (own + ridge) @ torch.linalg.inv(own + others + ridge)
+        assert (rel(found, delta) < 1e-9) == same
+    after, sketch_alone = (float((one @ truth[1] * one).sum()) for one in (found, delta))
+    costs = [float(((one - old.delta()) @ truth[0] * (one - old.delta())).sum()) for one in (found, delta)]
+    assert after < 0.5 * sketch_alone and after + costs[0] < 0.7 * (sketch_alone + costs[1])
+
+
 def test_the_bound_of_an_energy_is_the_rest_times_the_largest_singular_value():
     adapters, inputs = slowly_decaying()
     a, b = (one.layers[LAYER] for one in adapters)
