@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from .adapters import Adapter, LoRALayer
+from .finite import nonfinite_warnings
 from .input_hooks import whole_module
 from .moments import InputMoments
-from .osrm import layer_generator, pooled
+from .osrm import layer_generator, lost_tokens, pooled
 from .osrm_layer import Range, RefitOptions, energy, refit_layer
 from .targets import Target
+
+_UNREACHED = "no other LoRA's pass reached them"
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,13 @@ class RefitReport:
         name: The LoRA.
         layers: One entry for each layer that was refit.
         unchanged: Layers left as they were, with the reason.
+        nonfinite: Tokens of its own passes left out because they were NaN or infinite, by layer.
     """
 
     name: str
     layers: tuple[RefitLayerReport, ...]
     unchanged: Mapping[Target, str]
+    nonfinite: Mapping[Target, int] = field(default_factory=dict)
 
     @property
     def kept(self) -> Range:
@@ -121,10 +126,11 @@ def osrm_refit(
             done += 1
             module = whole_module(target)
             own = moments[index].get(module)
-            rest = [one[module] for i, one in enumerate(moments) if i != index and module in one]
-            rest = [one.to(device or torch.device("cpu")) for one in rest if one.tokens > 0]
+            passes = [one[module] for i, one in enumerate(moments) if i != index and module in one]
+            rest = [one.to(device or torch.device("cpu")) for one in passes if one.tokens > 0]
             if not rest:
-                unchanged[target] = "no other LoRA's pass reached them"
+                lost = any(one.nonfinite for one in passes)
+                unchanged[target] = "all other LoRAs' inputs were NaN or infinite" if lost else _UNREACHED
                 continue
             own = None if own is None or own.tokens <= 0 else own.to(device or torch.device("cpu"))
             others = pooled(rest)
@@ -132,7 +138,7 @@ def osrm_refit(
             layers[target] = refit_layer(layer, own, others, options, generator)
             rows.append(compare(target, layer, layers[target], own, others))
         refitted.append(replace(adapter, layers=layers))
-        reports.append(RefitReport(adapter.name, tuple(rows), unchanged))
+        reports.append(RefitReport(adapter.name, tuple(rows), unchanged, lost_tokens(moments[index : index + 1])))
     return RefitResult(tuple(refitted), tuple(reports))
 
 
@@ -184,6 +190,7 @@ def refit_markdown(reports: Sequence[RefitReport], options: RefitOptions) -> str
         blind = sum(one.weights_only for one in report.layers)
         if blind:
             lines.append(f"\n{report.name}: {blind} layers were judged by weights; its own prompts never reached them.")
+        lines += [f"\nWarning: {report.name}: {sentence}" for sentence in nonfinite_warnings(report.nonfinite)]
         reasons: dict[str, list[Target]] = {}
         for target, reason in report.unchanged.items():
             reasons.setdefault(reason, []).append(target)

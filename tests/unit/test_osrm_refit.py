@@ -200,6 +200,22 @@ def test_a_layer_that_no_other_pass_reached_is_unchanged_and_named():
     )
 
 
+def test_tokens_that_are_not_finite_are_reported():
+    x = decaying(71, 50, 12, 0.8)
+    x[0, :3, 1] = torch.nan
+    lost = torch.full_like(x, torch.inf)
+    adapters = [Adapter(name, name, {LAYER: lora(1, 9, 12, 3), Target("b"): lora(2, 9, 12, 3)}) for name in ("a", "b")]
+    shared, bad = moments_of(x), moments_of(lost)
+    moments = [{LAYER: shared, Target("q"): shared, Target("b"): shared}, {LAYER: shared, Target("b"): bad}]
+    first, second = osrm_refit(adapters, moments, RefitOptions()).reports
+    assert sum(first.nonfinite.values()) == 3 and second.nonfinite == {LAYER: 3, Target("b"): 50}
+    assert first.unchanged == {Target("b"): "all other LoRAs' inputs were NaN or infinite"} and not second.unchanged
+    text = refit_markdown([first, second], RefitOptions())
+    assert "Warning: b: 53 tokens were NaN or infinite and were left out, most of them in b. Run" in text
+    clean = osrm_refit(adapters, [{LAYER: moments_of(decaying(k, 50, 12, 0.8))} for k in (1, 2)], RefitOptions())
+    assert "NaN" not in refit_markdown(clean.reports, RefitOptions())
+
+
 @pytest.mark.parametrize(
     ("mode", "strength", "share"), [("project", 1.5, 0.9), ("contrast", -1, 0.9), ("project", 1, 0)]
 )
