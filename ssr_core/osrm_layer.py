@@ -168,6 +168,13 @@ def energy(layer: LoRALayer, moments: InputMoments, minus: LoRALayer | None = No
     return Range(least, least + known.spectrum.rest * float(torch.linalg.matrix_norm(core, 2)) ** 2)
 
 
+def white_energy(layer: LoRALayer, power: float, minus: LoRALayer | None = None) -> Range:
+    """The same for inputs with this power in every direction: power * tr(dW dW^T)."""
+    up, down = _difference(layer, minus, layer.up.device)
+    value = max(0.0, power * float(((up.T @ up) * (down @ down.T)).sum()))
+    return Range(value, value)
+
+
 def _difference(layer: LoRALayer, minus: LoRALayer | None, device: torch.device) -> tuple[Tensor, Tensor]:
     """Factors (out, R) and (R, d) of one change less another."""
     parts = [(layer, 1.0), *([(minus, -1.0)] if minus is not None else [])]

@@ -13,7 +13,7 @@ from .finite import nonfinite_warnings
 from .input_hooks import whole_module
 from .moments import InputMoments
 from .osrm import layer_generator, lost_tokens, pooled
-from .osrm_layer import Range, RefitOptions, energy, refit_layer
+from .osrm_layer import Range, RefitOptions, energy, refit_layer, white_energy
 from .targets import Target
 
 _UNREACHED = "no other LoRA's pass reached them"
@@ -72,13 +72,13 @@ def compare(
     target: Target, old: LoRALayer, new: LoRALayer, own: InputMoments | None, others: InputMoments
 ) -> RefitLayerReport:
     """How much of its function a layer keeps, and what it does on the others' inputs."""
-    if own is not None and energy(old, own).high > 0:
-        reference = measured = own
+    measured = own if own is not None and energy(old, own).high > 0 else None
+    if measured is not None:
+        function, change = energy(old, measured), energy(new, measured, minus=old)
     else:  # white inputs of the others' power
-        measured, power = None, others.trace / max(others.tokens, 1e-300) / others.width
-        reference = InputMoments(power * torch.eye(others.width).to(others.total), power * others.width, 1.0)
-    function = energy(old, reference)
-    lost = energy(new, reference, minus=old).over(function)
+        power = others.trace / max(others.tokens, 1e-300) / others.width
+        function, change = white_energy(old, power), white_energy(new, power, minus=old)
+    lost = change.over(function)
     return RefitLayerReport(
         target,
         Range(1 - lost.high, 1 - lost.low),

@@ -11,8 +11,8 @@ from ssr_core import Adapter, IncompatibleError, LoRALayer, Target
 from ssr_core.input_hooks import InputLayer
 from ssr_core.input_taps import InputCollector
 from ssr_core.moments import MomentOptions
-from ssr_core.osrm_layer import REFIT_MODES, RefitOptions, energy, refit_layer
-from ssr_core.osrm_refit import osrm_refit, refit_markdown
+from ssr_core.osrm_layer import REFIT_MODES, RefitOptions, energy, refit_layer, white_energy
+from ssr_core.osrm_refit import compare, osrm_refit, refit_markdown
 
 EYE = torch.eye
 
@@ -214,6 +214,18 @@ def test_tokens_that_are_not_finite_are_reported():
     assert "Warning: b: 53 tokens were NaN or infinite and were left out, most of them in b. Run" in text
     clean = osrm_refit(adapters, [{LAYER: moments_of(decaying(k, 50, 12, 0.8))} for k in (1, 2)], RefitOptions())
     assert "NaN" not in refit_markdown(clean.reports, RefitOptions())
+
+
+def test_white_inputs_are_no_matrix(monkeypatch):
+    a, b = lora(1, 9, 12, 3, alpha=1.5), lora(2, 9, 12, 3)
+    assert white_energy(a, 0.3, b).low == pytest.approx(0.3 * float((a.delta() - b.delta()).square().sum()))
+    others = moments_of(decaying(72, 200, 256, 0.9), COARSE)
+    old = lora(3, 9, 256, 3)
+    new = replace(old, up=old.up + 0.1 * lora(4, 9, 256, 3).up)
+    monkeypatch.setattr(torch, "eye", lambda *size, **more: pytest.fail("dense"))
+    row = compare(LAYER, old, new, None, others)
+    change, function = ((new.delta() - old.delta()).square().sum(), old.delta().square().sum())
+    assert row.kept.low == row.kept.high == pytest.approx(1 - float(change / function))
 
 
 @pytest.mark.parametrize(
