@@ -68,7 +68,7 @@ def refit_layer(
 
     Args:
         layer: The layer.
-        own: Moments of its own task's inputs; None counts all directions alike.
+        own: Moments of its own task's inputs; None, or no tokens, counts all directions alike.
         others: Moments of the other tasks' inputs.
         options: How.
         generator: Of analytic's random basis.
@@ -101,7 +101,7 @@ def _contrast(down: Tensor, own: InputMoments | None, others: InputMoments, opti
     """
     theirs = others.per_token()
     power, outside = theirs.trace / theirs.width, options.strength * theirs.unexplained
-    if own is None:
+    if own is None or own.tokens <= 0:
         basis = theirs.spectrum.vectors
         mine, kept = power * torch.eye(basis.shape[1]).to(basis), power
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 
@@ -16,6 +17,13 @@ from .osrm import layer_generator, lost_tokens, pooled
 from .osrm_layer import Range, RefitOptions, energy, refit_layer, white_energy
 from .targets import Target
 
+JudgedBy = Literal["inputs", "never reached", "not finite", "leave it silent"]
+
+_BLIND: tuple[tuple[JudgedBy, str], ...] = (
+    ("never reached", "its own prompts never reached them"),
+    ("not finite", "all its own inputs there were NaN or infinite"),
+    ("leave it silent", "on its own prompts they put out nothing"),
+)
 _UNREACHED = "no other LoRA's pass reached them"
 
 
@@ -28,7 +36,8 @@ class RefitLayerReport:
         kept: Share of the energy of its function that the change leaves standing: 1 less the energy of the
             difference over that of the function, on its own inputs. Below 0 if it does harm. A range, as
             the others: of sketched inputs no more is known.
-        weights_only: Whether `kept` was taken over the weights, for lack of own inputs.
+        judged_by: What `kept` was taken over: its own inputs; or its weights, because its own prompts
+            "never reached" it, because their tokens were "not finite", or because they "leave it silent".
         before: Energy of its outputs on the others' inputs, relative to that on its own (or, for lack of
             those, to that of its weights on inputs of the same power in all directions).
         after: The same of the refit LoRA.
@@ -36,7 +45,7 @@ class RefitLayerReport:
 
     target: Target
     kept: Range
-    weights_only: bool
+    judged_by: JudgedBy
     before: Range
     after: Range
 
@@ -72,9 +81,13 @@ def compare(
     target: Target, old: LoRALayer, new: LoRALayer, own: InputMoments | None, others: InputMoments
 ) -> RefitLayerReport:
     """How much of its function a layer keeps, and what it does on the others' inputs."""
-    measured = own if own is not None and energy(old, own).high > 0 else None
-    if measured is not None:
-        function, change = energy(old, measured), energy(new, measured, minus=old)
+    judged_by: JudgedBy = "inputs"
+    if own is None or own.tokens <= 0:
+        judged_by = "not finite" if own is not None and own.nonfinite else "never reached"
+    elif energy(old, own).high <= 0:
+        judged_by = "leave it silent"
+    if own is not None and judged_by == "inputs":
+        function, change = energy(old, own), energy(new, own, minus=old)
     else:  # white inputs of the others' power
         power = others.trace / max(others.tokens, 1e-300) / others.width
         function, change = white_energy(old, power), white_energy(new, power, minus=old)
@@ -82,7 +95,7 @@ def compare(
     return RefitLayerReport(
         target,
         Range(1 - lost.high, 1 - lost.low),
-        measured is None,
+        judged_by,
         energy(old, others).over(function),
         energy(new, others).over(function),
     )
@@ -124,6 +137,9 @@ def osrm_refit(
         for target, layer in adapter.layers.items():
             tick(done, total)
             done += 1
+            if white_energy(layer, 1.0).high <= 0:
+                unchanged[target] = "they change nothing: their product is zero"
+                continue
             module = whole_module(target)
             own = moments[index].get(module)
             passes = [one[module] for i, one in enumerate(moments) if i != index and module in one]
@@ -132,7 +148,7 @@ def osrm_refit(
                 lost = any(one.nonfinite for one in passes)
                 unchanged[target] = "all other LoRAs' inputs were NaN or infinite" if lost else _UNREACHED
                 continue
-            own = None if own is None or own.tokens <= 0 else own.to(device or torch.device("cpu"))
+            own = None if own is None else own.to(device or torch.device("cpu"))
             others = pooled(rest)
             generator = layer_generator(options.seed, target, adapter.fingerprint)
             layers[target] = refit_layer(layer, own, others, options, generator)
@@ -187,9 +203,10 @@ def refit_markdown(reports: Sequence[RefitReport], options: RefitOptions) -> str
                 f"\nWarning: {report.name} {loses} most of its own function (least is kept in {worst.target}). "
                 "Lower the strength or use mode contrast."
             )
-        blind = sum(one.weights_only for one in report.layers)
-        if blind:
-            lines.append(f"\n{report.name}: {blind} layers were judged by weights; its own prompts never reached them.")
+        for kind, reason in _BLIND:
+            blind = sum(one.judged_by == kind for one in report.layers)
+            if blind:
+                lines.append(f"\n{report.name}: {blind} layers were judged by weights; {reason}.")
         lines += [f"\nWarning: {report.name}: {sentence}" for sentence in nonfinite_warnings(report.nonfinite)]
         reasons: dict[str, list[Target]] = {}
         for target, reason in report.unchanged.items():
