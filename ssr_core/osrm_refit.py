@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Literal
 
 import torch
@@ -14,7 +15,7 @@ from .finite import nonfinite_warnings
 from .input_hooks import whole_module
 from .moments import InputMoments
 from .osrm import layer_generator, lost_tokens, pooled
-from .osrm_layer import Range, RefitOptions, energy, refit_layer, white_energy
+from .osrm_layer import Range, RefitMode, RefitOptions, energy, refit_layer, white_energy
 from .targets import Target
 
 JudgedBy = Literal["inputs", "never reached", "not finite", "leave it silent"]
@@ -24,6 +25,11 @@ _BLIND: tuple[tuple[JudgedBy, str], ...] = (
     ("not finite", "all its own inputs there were NaN or infinite"),
     ("leave it silent", "on its own prompts they put out nothing"),
 )
+_REMEDY: dict[RefitMode, str] = {
+    "contrast": "Lower the strength.",
+    "project": "Lower the strength or the energy, or use mode contrast.",
+    "analytic": "Use mode contrast.",
+}
 _UNREACHED = "no other LoRA's pass reached them"
 
 
@@ -68,13 +74,13 @@ class RefitReport:
 
     @property
     def kept(self) -> Range:
-        """Mean over the layers; nan without any."""
-        return _mean([one.kept for one in self.layers])
+        """Median over the layers; nan without any."""
+        return _median([one.kept for one in self.layers])
 
     @property
     def interference(self) -> tuple[Range, Range]:
-        """Mean energy on the others' inputs over that on its own, before and after."""
-        return _mean([one.before for one in self.layers]), _mean([one.after for one in self.layers])
+        """Energy on the others' inputs over that on its own, median over the layers, before and after."""
+        return _median([one.before for one in self.layers]), _median([one.after for one in self.layers])
 
 
 def compare(
@@ -158,10 +164,12 @@ def osrm_refit(
     return RefitResult(tuple(refitted), tuple(reports))
 
 
-def _mean(values: Sequence[Range]) -> Range:
+def _median(values: Sequence[Range]) -> Range:
+    """Of both ends; nan without any. The median of the true values lies between them."""
     if not values:
         return Range(math.nan, math.nan)
-    return Range(*(math.fsum(side) / len(values) for side in zip(*values, strict=True)))
+    low, high = (median(side) for side in zip(*values, strict=True))
+    return Range(low, high)
 
 
 def _text(value: Range, unit: str = "", scale: float = 1.0) -> str:
@@ -170,20 +178,30 @@ def _text(value: Range, unit: str = "", scale: float = 1.0) -> str:
     return (low if low == high else f"{low} to {high}") + unit
 
 
+def _settings(options: RefitOptions) -> str:
+    """Those that the mode heeds."""
+    parts = {
+        "contrast": f", strength {options.strength:g}, ridge {options.ridge:g}",
+        "project": f", strength {options.strength:g}, energy {options.energy:g}",
+        "analytic": f", energy {options.energy:g}",
+    }
+    return parts[options.mode]
+
+
 def refit_markdown(reports: Sequence[RefitReport], options: RefitOptions) -> str:
     """The reports as people read them."""
     lines = [
         "# OSRM Refit",
         "",
-        f"Mode {options.mode}, strength {options.strength:g}, energy {options.energy:g}. Means over the layers:",
+        f"Mode {options.mode}{_settings(options)}. Medians over the layers:",
         "",
         "| LoRA | layers | keeps of its own function | interference before | after |",
         "|---|---|---|---|---|",
     ]
     for report in reports:
-        before, after = report.interference
+        before, after = (_text(one) if report.layers else "-" for one in report.interference)
         kept = _text(report.kept, " %", 100) if report.layers else "all"
-        lines.append(f"| {report.name} | {len(report.layers)} | {kept} | {_text(before)} | {_text(after)} |")
+        lines.append(f"| {report.name} | {len(report.layers)} | {kept} | {before} | {after} |")
     lines += [
         "",
         "Function: energy of the LoRA's output on its own prompts, less that of the change. Interference: energy "
@@ -201,7 +219,7 @@ def refit_markdown(reports: Sequence[RefitReport], options: RefitOptions) -> str
             loses = "loses" if report.kept.high < 0.5 else "may lose"
             lines.append(
                 f"\nWarning: {report.name} {loses} most of its own function (least is kept in {worst.target}). "
-                "Lower the strength or use mode contrast."
+                f"{_REMEDY[options.mode]}"
             )
         for kind, reason in _BLIND:
             blind = sum(one.judged_by == kind for one in report.layers)

@@ -8,8 +8,8 @@ from helpers import F64, LAYER, decaying, lora, moments_of, randn, rel, rng
 
 from ssr_core import Adapter, LoRALayer, Target
 from ssr_core.moments import MomentOptions
-from ssr_core.osrm_layer import REFIT_MODES, RefitOptions, energy, refit_layer, white_energy
-from ssr_core.osrm_refit import compare, osrm_refit, refit_markdown
+from ssr_core.osrm_layer import REFIT_MODES, Range, RefitOptions, energy, refit_layer, white_energy
+from ssr_core.osrm_refit import RefitLayerReport, RefitReport, compare, osrm_refit, refit_markdown
 
 EYE = torch.eye
 
@@ -138,3 +138,27 @@ def test_white_inputs_are_no_matrix(monkeypatch):
     row = compare(LAYER, old, new, None, others)
     change, function = ((new.delta() - old.delta()).square().sum(), old.delta().square().sum())
     assert row.kept.low == row.kept.high == pytest.approx(1 - float(change / function))
+
+
+@pytest.mark.parametrize("mode", REFIT_MODES)
+def test_the_table_has_medians_no_nan_and_advice_of_its_mode(mode):
+    def row(kept, after):
+        return RefitLayerReport(
+            LAYER, Range(kept, kept), "inputs", Range(100 * after, 200 * after), Range(after, after)
+        )
+
+    rows = (row(0.25, 1.0), row(-9.0, 2.0), row(0.375, 1000.0))
+    report, bare = RefitReport("a", rows, {}), RefitReport("b", (), {LAYER: "reason"})
+    assert report.kept == (0.25, 0.25) and report.interference == ((200, 400), (2, 2))
+    text = refit_markdown([report, bare], RefitOptions(mode))
+    assert "Medians" in text and "| a | 3 | 25 % | 200 to 400 | 2 |" in text
+    assert "| b | 0 | all | - | - |" in text and "nan" not in text
+    warning = next(line for line in text.splitlines() if line.startswith("Warning: a loses most"))
+    assert ("use mode contrast" in warning.lower()) == (mode != "contrast")
+    assert ("Lower the strength" in warning) == (mode != "analytic")
+    head = text.splitlines()[2]
+    assert ("strength" in head, "energy" in head, "ridge" in head) == (
+        mode != "analytic",
+        mode != "contrast",
+        mode == "contrast",
+    )
