@@ -55,7 +55,7 @@ class MomentOptions:
 
     def columns(self, width: int) -> int:
         """Columns that are kept of a layer with this many inputs."""
-        return width if width <= self.exact_limit else min(self.sketch, width // 2)
+        return width if width <= self.exact_limit else max(1, min(self.sketch, width // 2))
 
 
 def sketch_matrix(width: int, columns: int) -> Tensor:
