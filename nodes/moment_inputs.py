@@ -38,7 +38,7 @@ def moment_inputs() -> list[io.Input]:
             min=8,
             max=4096,
             advanced=True,
-            tooltip="Columns of the sketch of wide layers. It knows about as many directions; what it leaves out is "
-            "bounded in the report.",
+            tooltip="Columns of the sketch of wide layers. It knows about as many directions; of the others it knows the "
+            "total energy, so that the report gives a bound or a range.",
         ),
     ]

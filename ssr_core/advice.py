@@ -9,6 +9,7 @@ import torch
 
 from .calibration import Calibration
 from .diagnostics import separability
+from .finite import nonfinite_warnings
 from .gram import GramStats
 from .layer_report import LayerReport
 from .router import pooled
@@ -63,13 +64,7 @@ def warnings_for(
                 "remove one."
             )
     warnings += _indistinguishable(tasks, apart)
-    bad = sum(layer.nonfinite for layer in reports)
-    if bad:
-        worst = max(reports, key=lambda layer: layer.nonfinite)
-        warnings.append(
-            f"{bad} tokens were NaN or infinite and were left out, most of them in {worst.target}. "
-            "Run the model in bfloat16 or float32."
-        )
+    warnings += nonfinite_warnings({layer.target: layer.nonfinite for layer in reports})
     warnings += [sentence for task in active for sentence in _truncated(task)]
     warnings += _anchored([layer for layer in reports if layer.status == "anchored"])
     for task in active:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .calibration import Calibration
 from .errors import IncompatibleError, SolveError
+from .layer_report import LayerReport
 from .merge import Unsupported, describe, merge
 from .method_lines import parse_method
 from .report import MergeReport
 from .report_text import number, table
 from .stacks import Task
+from .targets import Target
 
 _EXPLAINED = (
     "Errors: 0 if every LoRA acts on its own prompt as if it were alone, 1 if it were off. Own signal kept: energy of "
@@ -62,10 +64,14 @@ class Comparison:
     Attributes:
         tasks: Names of the LoRAs.
         rows: In the order that was asked for.
+        measured: Layers that every method measured, which all rows are about.
+        known: Layers that at least one method measured.
     """
 
     tasks: tuple[str, ...]
     rows: tuple[Row, ...]
+    measured: int = 0
+    known: int = 0
 
     @property
     def best(self) -> int:
@@ -92,10 +98,21 @@ class Comparison:
             name = f"**{row.label}**" if index == chosen else row.label
             rows.append([str(index + 1), name, *numbers, "-" if row.refused else f"{row.seconds:.1f}"])
         lines = ["# SSR-Merge comparison", "", f"LoRAs: {', '.join(self.tasks)}.", "", *table(head, rows), ""]
-        lines += [_EXPLAINED, ""]
+        lines += [_EXPLAINED, "", *self._basis()]
         lines += [f"- {row.label}: not applicable. {row.refused}" for row in self.rows if row.refused]
         lines += ["", "## What to do next", "", f"- {self._advice(chosen)}"]
         return "\n".join(lines) + "\n"
+
+    def _basis(self) -> list[str]:
+        """Which layers the numbers are about."""
+        if not self.known:
+            return []
+        less = " The others are left out, so that every line is about the same layers." * (self.measured < self.known)
+        lines = [f"Measured by every method: {self.measured} of {self.known} layers.{less}", ""]
+        for row in self.rows:
+            if not row.refused and not math.isfinite(row.score):
+                lines += [f"- {row.label}: its answer cannot be measured in any of these layers."]
+        return lines
 
     def _advice(self, chosen: int) -> str:
         best, mine = self.rows[self.best], self.rows[chosen]
@@ -134,7 +151,8 @@ def compare(
     """
     if not lines:
         raise IncompatibleError("there is nothing to compare.", remedy="write one method a line, e.g. ssr and sum.")
-    rows = []
+    rows: list[Row] = []
+    reports: dict[int, MergeReport] = {}
     for index, line in enumerate(lines):
         tick(index, len(lines))
         begin = time.perf_counter()
@@ -144,14 +162,28 @@ def compare(
         except (IncompatibleError, SolveError) as err:
             rows.append(Row(line, refused=" ".join(part for part in (_sentence(err.what), err.remedy) if part)))
             continue
-        rows.append(_row(line, describe(method), report, time.perf_counter() - begin))
+        rows.append(Row(line, describe(method), seconds=time.perf_counter() - begin))
+        reports[index] = report
     tick(len(lines), len(lines))
-    return Comparison(tuple(task.name for task in tasks), tuple(rows))
+    measured, known = _shared([[layer for layer in one.layers if layer.errors] for one in reports.values()])
+    held, _ = _shared([[layer for layer in one.layers if layer.held_errors] for one in reports.values()])
+    for index, report in reports.items():
+        rows[index] = _scored(rows[index], report, measured, held)
+    return Comparison(tuple(task.name for task in tasks), tuple(rows), len(measured), known)
 
 
-def _row(label: str, method: str, report: MergeReport, seconds: float) -> Row:
+def _shared(layers: Sequence[Sequence[LayerReport]]) -> tuple[set[Target], int]:
+    """Layers that every method measured, of the methods that measured any; how many at least one did."""
+    sets = [{layer.target for layer in one} for one in layers if one]
+    return set.intersection(*sets) if sets else set(), len(set().union(*sets))
+
+
+def _scored(row: Row, report: MergeReport, measured: set[Target], held: set[Target]) -> Row:
+    """The row with its numbers, over these layers alone."""
     before = kept = leak = 0.0
-    for layer in report.layers:
+    seen = replace(report, layers=tuple(layer for layer in report.layers if layer.target in measured))
+    judged = replace(report, layers=tuple(layer for layer in report.layers if layer.target in held))
+    for layer in seen.layers:
         if not layer.crosstalk:
             continue
         own, result = layer.crosstalk["sum"], layer.crosstalk["result"]
@@ -160,14 +192,12 @@ def _row(label: str, method: str, report: MergeReport, seconds: float) -> Row:
             before += 1
             kept += sum(result[i][i] for i in range(len(own))) / total
             leak += sum(v for i, line in enumerate(result) for j, v in enumerate(line) if i != j) / total
-    return Row(
-        label,
-        method,
-        report.reconstruction_error(),
-        report.reconstruction_error(held_out=True),
-        kept / before if before else math.nan,
-        leak / before if before else math.nan,
-        seconds,
+    return replace(
+        row,
+        error=seen.reconstruction_error(),
+        held_error=judged.reconstruction_error(held_out=True),
+        kept=kept / before if before else math.nan,
+        leak=leak / before if before else math.nan,
     )
 
 

@@ -55,7 +55,7 @@ class MomentOptions:
 
     def columns(self, width: int) -> int:
         """Columns that are kept of a layer with this many inputs."""
-        return width if width <= self.exact_limit else min(self.sketch, width // 2)
+        return width if width <= self.exact_limit else max(1, min(self.sketch, width // 2))
 
 
 def sketch_matrix(width: int, columns: int) -> Tensor:
@@ -146,6 +146,13 @@ class InputMoments:
         keep = values > _TOLERANCE[self.total.dtype] * max(largest, 0.0)
         values, vectors = values[keep], vectors[:, keep]
         return Spectrum(values, vectors, max(0.0, self.trace - float(values.sum())))
+
+    @property
+    def unexplained(self) -> float:
+        """Mean energy in a direction that a sketch does not know, `rest / (d - p)`; 0 where C is there."""
+        if self.exact:
+            return 0.0
+        return self.spectrum.rest / max(1, self.width - len(self.spectrum.values))
 
     def _nystroem(self, total: Tensor) -> tuple[Tensor, Tensor]:
         omega = sketch_matrix(self.width, total.shape[1]).to(total)

@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .adapters import LoRALayer
 from .errors import IncompatibleError
+from .finite import nonfinite_warnings
 from .input_hooks import InputLayer
 from .moments import Features, InputMoments
 from .targets import Target
@@ -120,11 +121,14 @@ class InitResult:
         layers: down analytic, up zero.
         reports: One entry for each of `layers`.
         skipped: Layers without a start of their own, with the reason.
+        nonfinite: Tokens left out because they were NaN or infinite, by layer; layers that share inputs
+            count once.
     """
 
     layers: Mapping[Target, LoRALayer]
     reports: tuple[InitReport, ...]
     skipped: Mapping[Target, str]
+    nonfinite: Mapping[Target, int] = field(default_factory=dict)
 
 
 def layer_generator(seed: int, target: Target, salt: str = "") -> torch.Generator:
@@ -170,7 +174,8 @@ def osrm_init(
             tick(done, len(layers))
             done += 1
             if moments is None:
-                skipped[layer.target] = "they never ran"
+                lost = any(one[layer.target].nonfinite for one in others if layer.target in one)
+                skipped[layer.target] = "all their inputs were NaN or infinite" if lost else "they never ran"
             elif rank > layer.in_features:
                 skipped[layer.target] = "they have fewer inputs than the rank"
             else:
@@ -179,7 +184,17 @@ def osrm_init(
                 made[layer.target] = LoRALayer(down.to("cpu", dtype), up, alpha, layer.kernel)
                 reports.append(_init_report(layer.target, down, moments, sum(one.tokens for one in gathered)))
     reports.sort(key=lambda one: one.target)
-    return InitResult(made, tuple(reports), skipped)
+    return InitResult(made, tuple(reports), skipped, lost_tokens(others))
+
+
+def lost_tokens(moments: Sequence[Mapping[Target, InputMoments]]) -> dict[Target, int]:
+    """Tokens that were not finite, by layer; moments that layers share (q, k, v) are counted once."""
+    lost: dict[Target, int] = {}
+    for one in moments:
+        distinct = {id(found): (target, found.nonfinite) for target, found in one.items() if found.nonfinite}
+        for target, count in distinct.values():
+            lost[target] = lost.get(target, 0) + count
+    return lost
 
 
 def _by_input(
@@ -227,4 +242,5 @@ def init_markdown(result: InitResult, rank: int, names: Sequence[str], features:
         reasons.setdefault(reason, []).append(target)
     for reason, targets in reasons.items():
         lines += ["", f"{len(targets)} layers are not in the file ({reason}), e.g. {targets[0]}."]
+    lines += [f"\nWarning: {sentence}" for sentence in nonfinite_warnings(result.nonfinite)]
     return "\n".join(lines) + "\n"

@@ -9,14 +9,15 @@ directions chosen without it. The second keeps the LoRA but for directions that 
 used by its own task or not. The third is the minimiser of the change of its own outputs plus s times
 the energy of its outputs on the others' inputs: it gives a direction up as far as the others use it
 more than the LoRA's own task. Ranks, ups and alphas stay as they are in the last two, and a LoRA
-whose down the others' inputs do not reach is unchanged by both.
+whose down the others' inputs do not reach is unchanged by both; of a sketch the contrast assumes that
+what it does not know of them is spread evenly over all other directions.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def refit_layer(
 
     Args:
         layer: The layer.
-        own: Moments of its own task's inputs; None counts all directions alike.
+        own: Moments of its own task's inputs; None, or no tokens, counts all directions alike.
         others: Moments of the other tasks' inputs.
         options: How.
         generator: Of analytic's random basis.
@@ -94,24 +95,36 @@ def refit_layer(
 def _contrast(down: Tensor, own: InputMoments | None, others: InputMoments, options: RefitOptions) -> Tensor:
     """What contrast takes off down, (r, d): s down C_o (C_t + s C_o + mu I)^-1.
 
-    Computed in a basis of all directions that the moments know; outside of it nothing is taken off.
+    Computed in a basis of all directions that the moments know. To what a sketch does not know it gives
+    the mean of the energy there, in both moments: with C' alone, which is less than C, energy that the
+    sketch happens to know on one side and not on the other would pass for a difference.
     """
     theirs = others.per_token()
-    power = theirs.trace / theirs.width
-    if own is None:
+    power, outside = theirs.trace / theirs.width, options.strength * theirs.unexplained
+    if own is None or own.tokens <= 0:
         basis = theirs.spectrum.vectors
-        mine = power * torch.eye(basis.shape[1]).to(basis)
+        mine, kept = power * torch.eye(basis.shape[1]).to(basis), power
     else:
         own = own.per_token()
-        basis = _joint_basis(own, theirs)
-        mine, power = own.gram_of(basis.T), power + own.trace / own.width
-    gram = options.strength * theirs.gram_of(basis.T)
-    total = mine + gram + options.ridge * power * torch.eye(basis.shape[1]).to(basis)
-    if basis.shape[1] == 0 or power <= 0:
+        basis, kept = _joint_basis(own, theirs), own.unexplained
+        mine, power = _filled(own, basis), power + own.trace / own.width
+    if power <= 0:
         return torch.zeros_like(down)
+    gram = options.strength * _filled(theirs, basis)
+    total = mine + gram + options.ridge * power * torch.eye(basis.shape[1]).to(basis)
     reached = down @ basis
     taken: Tensor = torch.linalg.solve(total, (reached @ gram).T).T
-    return taken @ basis.T
+    beyond = outside / (kept + outside + options.ridge * power)
+    return taken @ basis.T + beyond * (down - reached @ basis.T)
+
+
+def _filled(moments: InputMoments, basis: Tensor) -> Tensor:
+    """(p, p): C in a basis that spans all that is known of it, the rest spread evenly over what is not known."""
+    gram = moments.gram_of(basis.T)
+    if moments.exact:
+        return gram
+    known = basis.T @ moments.spectrum.vectors
+    return gram + moments.unexplained * (torch.eye(len(known)).to(known) - known @ known.T)
 
 
 def _joint_basis(own: InputMoments, theirs: InputMoments) -> Tensor:
@@ -124,16 +137,46 @@ def _joint_basis(own: InputMoments, theirs: InputMoments) -> Tensor:
     return spanned
 
 
-def energy(layer: LoRALayer, moments: InputMoments, minus: LoRALayer | None = None) -> float:
+class Range(NamedTuple):
+    """What is known of a number: it lies between these; equal where it is exact."""
+
+    low: float
+    high: float
+
+    def over(self, other: Range) -> Range:
+        """The quotient of two that are not negative."""
+        return Range(self.low / max(other.high, 1e-300), self.high / max(other.low, 1e-300))
+
+
+def energy(layer: LoRALayer, moments: InputMoments, minus: LoRALayer | None = None) -> Range:
     """Mean squared norm of a layer's output, or of the difference of two, over the tokens: tr(dW C dW^T).
+
+    Of a sketch C' <= C it is known within `tr(C - C') |dW|_2^2`: a refit fits what the sketch knows, so
+    that its lower bound alone would flatter it.
 
     Args:
         layer: The change dW; never made dense.
         moments: C.
         minus: Subtracted from it.
     """
-    device = moments.total.device
+    up, down = _difference(layer, minus, moments.total.device)
+    known = moments.per_token()
+    least = max(0.0, float(((up.T @ up) * known.gram_of(down)).sum()))
+    if known.exact:
+        return Range(least, least)
+    core = torch.linalg.qr(up)[1] @ torch.linalg.qr(down.T)[1].T
+    return Range(least, least + known.spectrum.rest * float(torch.linalg.matrix_norm(core, 2)) ** 2)
+
+
+def white_energy(layer: LoRALayer, power: float, minus: LoRALayer | None = None) -> Range:
+    """The same for inputs with this power in every direction: power * tr(dW dW^T)."""
+    up, down = _difference(layer, minus, layer.up.device)
+    value = max(0.0, power * float(((up.T @ up) * (down @ down.T)).sum()))
+    return Range(value, value)
+
+
+def _difference(layer: LoRALayer, minus: LoRALayer | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Factors (out, R) and (R, d) of one change less another."""
     parts = [(layer, 1.0), *([(minus, -1.0)] if minus is not None else [])]
     up = torch.cat([sign * one.scale * one.up.to(device, torch.float64) for one, sign in parts], dim=1)
-    down = torch.cat([one.down.to(device, torch.float64) for one, _ in parts])
-    return max(0.0, float(((up.T @ up) * moments.per_token().gram_of(down)).sum()))
+    return up, torch.cat([one.down.to(device, torch.float64) for one, _ in parts])

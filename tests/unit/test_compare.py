@@ -3,7 +3,8 @@
 import math
 
 import pytest
-from helpers import LAYER, calibrated, conflicting_tasks, deltas_of, linear64, output_error, task, task_tokens
+from helpers import LAYER, calibrated, conflicting_tasks, deltas_of, linear64, lora, output_error, task, task_tokens
+from torch import nn
 
 from ssr_core import (
     METHODS,
@@ -13,6 +14,9 @@ from ssr_core import (
     PaperMerge,
     SSRMerge,
     SumMerge,
+    Target,
+    build_stacks,
+    calibrate,
     compare,
     merge,
     parse_method,
@@ -105,6 +109,48 @@ def test_without_statistics_nothing_can_be_told_apart():
     calibration = calibrated(linear64(IN, OUT), [TASKS[0]], [[TOKENS[0]]])
     comparison = compare(alone[:1], ["sum", "ssr"], calibration)
     assert comparison.best == 0 and "without one the methods cannot be told apart" in comparison.to_markdown(0)
+
+
+def split_and_fused():
+    """One module that one LoRA has as q, k, v and the other in one, and one that both have alike."""
+    whole, plain = Target("qkv"), Target("plain")
+    parts = {Target("qkv", (at, 6)): lora(30 + at, 6, IN, 3) for at in (0, 6, 12)}
+    tasks = [task("split", {**parts, plain: lora(1, OUT, IN, 3)}), task("fused", {whole: lora(2, 18, IN, 3)})]
+    tasks[1].adapter.layers[plain] = lora(3, OUT, IN, 3)
+    root = nn.ModuleDict({"qkv": linear64(IN, 18), "plain": linear64(IN, OUT)})
+
+    def run_pass(index, tap):
+        for module in root.values():
+            module(TOKENS[index])
+
+    return tasks, calibrate(root, tasks, build_stacks(tasks), run_pass)
+
+
+def test_rows_are_about_the_same_layers():
+    """NP-LoRA has no single router where rows are divided; a vanishing mu must score as mu = 0, the sum."""
+    tasks, calibration = split_and_fused()
+    comparison = compare(tasks, ["sum", "np_lora mu=0", "np_lora mu=1e-9"], calibration)
+    total, zero, tiny = comparison.rows
+    for name in ("error", "held_error", "kept", "leak"):
+        assert getattr(zero, name) == pytest.approx(getattr(total, name), rel=1e-9)
+        assert getattr(tiny, name) == pytest.approx(getattr(total, name), rel=1e-6)
+    assert (comparison.measured, comparison.known) == (1, 2)
+    assert "Measured by every method: 1 of 2 layers. The others" in comparison.to_markdown(0)
+    both = compare(tasks, ["sum", "ssr"], calibration)
+    assert (both.measured, both.known) == (2, 2) and "of 2 layers.\n" in both.to_markdown(0)
+    assert both.rows[0].error == merge(tasks, SumMerge(), calibration).report.reconstruction_error()
+    assert both.rows[0].error != pytest.approx(total.error, rel=1e-3)
+
+
+def test_a_method_that_measures_nothing_does_not_blind_the_others():
+    tasks, _ = split_and_fused()
+    for one in tasks:
+        del one.adapter.layers[Target("plain")]
+    root = nn.ModuleDict({"qkv": linear64(IN, 18)})
+    calibration = calibrate(root, tasks, build_stacks(tasks), lambda index, tap: root["qkv"](TOKENS[index]))
+    comparison = compare(tasks, ["np_lora", "sum"], calibration)
+    assert comparison.best == 1 and math.isfinite(comparison.rows[1].score)
+    assert "- np_lora: its answer cannot be measured" in comparison.to_markdown(1)
 
 
 def test_an_empty_list_is_refused_and_ticks_may_cancel():

@@ -72,3 +72,14 @@ def test_float32_sketch_of_few_samples_finds_their_range():
     left = rows - (rows @ vectors) @ vectors.T
     assert vectors.shape[1] == 9 and rest < 1e-4 * found.trace
     assert float(left.norm() / rows.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_the_narrowest_layers_have_a_sketch_of_one_column(width):
+    options = MomentOptions("tokens", exact_limit=0)
+    assert options.columns(width) == 1
+    x = randn(12, 1, 9, width)
+    found = moments_of(x, options)
+    values, vectors, rest = found.spectrum
+    assert float(values.sum()) + rest == pytest.approx(float(x.square().sum())) and vectors.shape == (width, 1)
+    assert width > 1 or found.exact

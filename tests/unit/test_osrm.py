@@ -100,3 +100,18 @@ def test_the_report_bounds_what_a_sketched_layer_may_see():
     (report,) = result.reports
     assert report.seen < 1e-6 < truth <= report.bound
     assert "at most" in init_markdown(result, 4, ["x"])
+
+
+def test_tokens_that_are_not_finite_are_reported():
+    names = [Target(name) for name in ("a", "b", "c")]
+    x = decaying(11, 50, 20, 0.8)
+    x[0, :3, 1] = torch.nan
+    shared, bad = moments_of(x), moments_of(torch.full_like(x, torch.inf))
+    result = osrm_init(
+        [InputLayer(name, 20, 7) for name in names], [dict(zip(names, (shared, shared, bad), strict=True))], 4
+    )
+    assert set(result.layers) == set(names[:2]) and sum(result.nonfinite.values()) == 53
+    assert result.skipped == {names[2]: "all their inputs were NaN or infinite"}
+    assert "Warning: 53 tokens were NaN or infinite and were left out, most of them in c." in init_markdown(
+        result, 4, ["x"]
+    )

@@ -109,10 +109,8 @@ def test_a_correction_that_predicts_nothing_is_not_made():
     x = torch.cat(tokens)
     assert len(x) < 60
     found = refine(samples_of(tokens), basis, ranks, torch.eye(2, dtype=F64) * 0.5, up.T @ up)
-    if math.isinf(found.ridge):
-        assert found.left_out == found.uncorrected and not found.down.any()
-    else:
-        assert found.left_out < found.uncorrected
+    assert math.isinf(found.ridge) and not found.down.any()
+    assert found.left_out == found.uncorrected
     noise = merge(tasks, SSRMerge(), calibration).report.layers[0].measures
     assert (
         noise["error on sampled tokens left out of the fit"]
@@ -135,10 +133,12 @@ def test_a_task_weighs_the_same_however_many_tokens_it_has():
     router = 0.5 * torch.eye(R, dtype=F64)
     one, other = (refine(s, basis, ranks, router, up.T @ up) for s in (samples_of(TOKENS), heavy))
     assert rel(other.down, one.down) < 1e-12
-    # doubled tokens leave the regression as it is, for the same mean token
-    x = torch.cat([t / len(t) ** 0.5 for t in TOKENS])
-    y = torch.cat([t / len(t) ** 0.5 for t in twice])
-    assert rel(y.T @ y, x.T @ x) < 1e-12
+    # doubled tokens leave the regression as it is, but for the mean token that the ridge is a share of
+    doubled = refine(samples_of(twice), basis, ranks, router, up.T @ up)
+    x, wanted = features_and_targets(TASKS, TOKENS)
+    mean = float(x.square().sum()) / sum(map(len, twice))
+    assert doubled.uncorrected == pytest.approx(one.uncorrected, rel=1e-12)
+    assert rel(doubled.down, primal(x, wanted - x @ basis.T @ router.T, doubled.ridge * mean)) < 1e-9
 
 
 def test_the_scale_of_the_inputs_does_not_matter():
