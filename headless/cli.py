@@ -35,7 +35,7 @@ EXAMPLE = {
     ],
     "method": "ssr",
     "parameters": {"ridge": 0.01},
-    "calibration": {"settings": {"seed": 0, "steps": 1, "width": 512, "height": 512}},
+    "calibration": {"settings": {"seed": 0, "steps": 4, "width": 512, "height": 512}},
     "compress": {"limit": "share", "value": 0.5},
     "key_style": "comfy",
 }

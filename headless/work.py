@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,12 +14,12 @@ from ..nodes import compressing, entries, host, loading, options, passes, paths,
 from ..nodes.host.graph import load_packs, run_graph
 from ..nodes.model_info import model_identity
 from ..ssr_core import (
+    PASS_DEFAULTS,
     Calibration,
     CompressionReport,
     FileError,
     Ranks,
     Recipe,
-    SampleOptions,
     Source,
     TaskRecord,
     atomic_path,
@@ -30,19 +29,6 @@ from ..ssr_core import (
     save_calibration,
 )
 from .loaders import model_graph
-
-DEFAULTS: Mapping[str, Any] = {
-    "seed": 0,
-    "steps": 1,
-    "width": 512,
-    "height": 512,
-    "frames": 1,
-    "scheduler": "simple",
-    "padding": "balance",
-    "memory_budget_gb": 0.0,
-    "sampled_tokens": SampleOptions().tokens,
-}
-"""As in SSR Merge."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +158,7 @@ def _calibration(
 
 def _calibration_options(recipe: Recipe) -> options.CalibrationOptions:
     given = dict(recipe.settings or {})
-    values = {**DEFAULTS, **{name: given[name] for name in DEFAULTS if name in given}}
+    values = {**PASS_DEFAULTS, **{name: given[name] for name in PASS_DEFAULTS if name in given}}
     if "sigmas" in given and given.get("custom_sigmas", True):
         values["sigmas"] = torch.tensor([*given["sigmas"], 0.0])  # what follows the last one is not evaluated
     if "latent" in given and given.get("custom_latent", True):

@@ -54,7 +54,7 @@ from .padding import PaddingMode, TextRows
 from .parse import read_adapter
 from .ranks import Ranks, joined
 from .recipe import Recipe, Source, parse_recipe, read_recipe
-from .recipe_schema import SCHEMA
+from .recipe_schema import PASS_DEFAULTS, SCHEMA
 from .records import TaskRecord, records_of
 from .report import FileAccount, LayerReport, MergeReport
 from .router import ANCHORS, Anchor
@@ -131,6 +131,7 @@ __all__ = [
     "MergeResult",
     "MomentOptions",
     "NPLoRAMerge",
+    "PASS_DEFAULTS",
     "PaddingMode",
     "PaperMerge",
     "Part",

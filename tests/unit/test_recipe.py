@@ -1,5 +1,6 @@
 """Recipes: what the metadata of every method says is read back as the same merge; wrong ones are named key by key."""
 
+import ast
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +10,7 @@ from helpers import calibrated, conflicting_tasks, linear64, task_tokens
 
 from ssr_core import (
     METHODS,
+    PASS_DEFAULTS,
     SCHEMA,
     CompressOptions,
     FileError,
@@ -202,3 +204,18 @@ def test_the_commands_example_is_right():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert parse_recipe(module.EXAMPLE, "example").compress == CompressOptions("share", 0.5)
+    settings = module.EXAMPLE["calibration"]["settings"]
+    assert settings == {name: PASS_DEFAULTS[name] for name in settings}
+
+
+def test_nodes_and_recipes_have_the_same_defaults():
+    """The nodes' source, for its import needs ComfyUI: an input's default is the shared one, by name or by value."""
+    found = {}
+    for call in ast.walk(ast.parse((ROOT / "nodes" / "inputs.py").read_text(encoding="utf-8"))):
+        if isinstance(call, ast.Call) and call.args and isinstance(call.args[0], ast.Constant):
+            default = next((word.value for word in call.keywords if word.arg == "default"), None)
+            if default is not None and call.args[0].value in PASS_DEFAULTS:
+                found[call.args[0].value] = eval(ast.unparse(default), {"PASS_DEFAULTS": PASS_DEFAULTS})
+    assert found == PASS_DEFAULTS
+    work = (ROOT / "headless" / "work.py").read_text(encoding="utf-8")
+    assert "**PASS_DEFAULTS" in work and "DEFAULTS:" not in work
