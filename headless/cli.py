@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace the output, its reports and the saved calibration")
     add("--save-calibration", type=Path, metavar="FILE", help="keep the calibration")
     add("--again", action="store_true", help="insist that the recipe is a merged file, and compare with its tensors")
+    add("--trust-graph", action="store_true", help="run any node and custom node pack that a merged file's graph names")
     add("--check", action="store_true", help="only check the recipe")
     add("--example", action="store_true", help="print an example recipe")
     add("--quiet", action="store_true", help="no progress bar")
@@ -124,7 +125,7 @@ def _say(text: str) -> None:
 
 
 def _run(given: argparse.Namespace, host_options: Sequence[str]) -> int:
-    from ..ssr_core import FileError, SSRMergeError, joined, read_recipe
+    from ..ssr_core import FileError, SSRMergeError, check_graph, joined, read_recipe
     from . import installation
 
     first = os.environ.get("RANK", "0") == "0"
@@ -141,6 +142,8 @@ def _run(given: argparse.Namespace, host_options: Sequence[str]) -> int:
         }
         named = {name: value for name, value in overrides.items() if value is not None}
         recipe = replace(recipe, model=named) if named else recipe
+        if again and not given.trust_graph:
+            check_graph(recipe.model, given.recipe.name)
         if given.check:
             _say("the recipe is right.")
             return OK

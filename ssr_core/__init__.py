@@ -71,6 +71,7 @@ from .stacks import LayerStack, Task, build_stacks
 from .taps import Tap
 from .targets import KeyMap, KeyTarget, Part, Target
 from .triggers import TriggerWords, header_metadata, trigger_words
+from .trust import check_graph, pack_path
 from .updates import extend, keep, without
 from .version import VERSION
 
@@ -173,6 +174,7 @@ __all__ = [
     "calibrate",
     "calibrate_sharded",
     "change_tensors",
+    "check_graph",
     "check_memory",
     "check_unsupported",
     "clean",
@@ -201,6 +203,7 @@ __all__ = [
     "open_record",
     "osrm_init",
     "osrm_refit",
+    "pack_path",
     "parse_method",
     "parse_recipe",
     "plain_bytes",

@@ -208,6 +208,15 @@ def _model(value: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         raise _refused(name, [f"model has {' and '.join(ways) or 'no'} source; give checkpoint, or unet, or graph"])
     if "graph" in value and not value.get("model"):
         raise _refused(name, ["model.model has to be the link [node id, output number] of the MODEL in the graph"])
+    for key in ("model", "clip_link"):
+        link = value.get(key)
+        if link and (len(link) != 2 or not isinstance(link[0], str) or type(link[1]) is not int):
+            raise _refused(name, [f"model.{key} is no link [node id, output number]"])
+    for key, node in value.get("graph", {}).items():
+        if not (isinstance(node, dict) and isinstance(node.get("class_type"), str)):
+            raise _refused(name, [f"model.graph.{key} is no node with a class_type"])
+        if not isinstance(node.get("inputs", {}), dict):
+            raise _refused(name, [f"model.graph.{key}.inputs is no object"])
     if value.get("clip") and len(value["clip"]) > 4:
         raise _refused(name, ["model.clip has more than four files"])
     return value

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from ssr_core import write_safetensors
 
 PACK = Path(__file__).resolve().parents[2]
 
@@ -36,6 +39,7 @@ def test_help_names_every_option_and_exit_code():
         "--overwrite",
         "--save-calibration",
         "--again",
+        "--trust-graph",
         "--check",
         "--example",
         "--quiet",
@@ -94,6 +98,22 @@ def test_wrong_arguments(recipe, tmp_path):
     ):
         code, out, err = run(*arguments)
         assert (code, out) == (2, "") and words in err, (arguments, err)
+
+
+def merged_file(path, **changes):
+    """A file whose metadata is a recipe."""
+    value = {"sources": [{"name": "a.safetensors"}], "calibration": {"settings": {"seed": 0}}, **changes}
+    write_safetensors(path, {"x": torch.zeros(1)}, {"ssr_merge": json.dumps(value)})
+    return path
+
+
+def test_the_graph_of_a_merged_file_is_run_only_if_trusted(tmp_path):
+    model = {"graph": {"1": {"class_type": "LoadAnything"}}, "model": ["1", 0], "custom_nodes": ["strange"]}
+    path = merged_file(tmp_path / "merged.safetensors", model=model)
+    code, _, err = run(path, "--check")
+    assert code == 2 and "LoadAnything" in err and "strange" in err and "--trust-graph" in err
+    for more in (("--trust-graph",), ("--checkpoint", "mine.safetensors")):
+        assert run(path, "--check", *more)[0] == 0
 
 
 def module():
