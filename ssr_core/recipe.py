@@ -123,6 +123,8 @@ def parse_recipe(value: Any, name: str, *, recorded: bool = False) -> Recipe:
     Raises:
         FileError: Names every wrong key.
     """
+    if recorded:
+        _check_one_run(value, name)
     wrong = problems(value, SCHEMA, unknown=not recorded)
     if wrong:
         raise _refused(name, wrong)
@@ -162,6 +164,28 @@ def parse_recipe(value: Any, name: str, *, recorded: bool = False) -> Recipe:
         value.get("calibrated_on_this_model", True),
         remarks,
     )
+
+
+_APART = {"runs": "was combined or reweighted from several runs", "records": "was put together from records"}
+"""Settings of calibrations that no passes give again, whatever else their settings say."""
+
+
+def _check_one_run(value: Any, name: str) -> None:
+    """Refuse metadata of a merge whose calibration did not come from one run.
+
+    Raises:
+        FileError: It was combined, reweighted, or made from records.
+    """
+    at = value
+    for key in ("calibration", "settings"):
+        at = at.get(key) if isinstance(at, dict) else None
+    made = [words for key, words in _APART.items() if isinstance(at, dict) and key in at]
+    if made:
+        raise FileError(
+            f"it cannot be made again from its metadata: its calibration {' and '.join(made)}, which the file lacks.",
+            file=name,
+            remedy="save that calibration (SSR Save Calibration) and give it as calibration.file in a recipe.",
+        )
 
 
 def _refused(name: str, wrong: Sequence[str]) -> FileError:

@@ -2,11 +2,12 @@
 
 import ast
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from helpers import calibrated, conflicting_tasks, linear64, task_tokens
+from recording import Attention, record_all, recorded_tasks, tokens
 
 from ssr_core import (
     METHODS,
@@ -17,6 +18,8 @@ from ssr_core import (
     NPLoRAMerge,
     SSRMerge,
     SumMerge,
+    combine,
+    from_records,
     merge_metadata,
     parse_recipe,
     read_recipe,
@@ -60,8 +63,6 @@ def test_metadata_reads_back_as_the_same_merge(method, tmp_path):
 
 def test_strengths_of_calibration_follow_the_lora_and_not_its_place():
     """A subset, in another order, at other strengths: what was calibrated is found by content."""
-    from dataclasses import replace
-
     tasks, calibration = tasks_and_calibration()
     records = [replace(record, strength_model=0.1 * (k + 1)) for k, record in enumerate(calibration.tasks)]
     calibration = replace(calibration, tasks=tuple(records))
@@ -170,6 +171,25 @@ def test_what_no_file_holds_is_refused():
     with pytest.raises(FileError, match="LATENT with content"):
         parse_recipe({**SMALLEST, "calibration": {"settings": settings}}, "x", recorded=True)
     assert parse_recipe({**SMALLEST, "calibration": {"settings": settings | {"latent_fill": 0.0}}}, "x", recorded=True)
+
+
+def test_calibrations_that_no_run_gives_are_refused(tmp_path):
+    """As the real ones describe themselves, not as other versions' unknown settings."""
+    tasks, calibration = tasks_and_calibration()
+    seeds = [replace(calibration, settings={"seed": seed}) for seed in (0, 1)]
+    recorded, shares = (
+        recorded_tasks(2),
+        record_all(tmp_path, Attention(), recorded_tasks(2), [[tokens(0)], [tokens(1)]]),
+    )
+    for used, made, words in (
+        (tasks, combine(seeds), "combined or reweighted"),
+        (tasks, combine(seeds[:1], [0.5]), "combined or reweighted"),
+        (recorded, from_records(recorded, shares[0]), "from records"),
+    ):
+        text = merge_metadata(used, SSRMerge(), made)["ssr_merge"]
+        with pytest.raises(FileError, match=words) as found:
+            parse_recipe(json.loads(text), "merged.safetensors", recorded=True)
+        assert "merged.safetensors" in str(found.value) and "calibration.file" in str(found.value)
 
 
 def test_methods_without_calibration_run_no_pass():
