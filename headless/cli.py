@@ -27,6 +27,8 @@ examples:
 
 docs/headless.md describes recipes; docs/recipe.schema.json is their schema."""
 
+_OTHER = "choose another --output."
+
 EXAMPLE = {
     "model": {"checkpoint": "sd_xl_base_1.0.safetensors"},
     "sources": [
@@ -56,7 +58,11 @@ def parser() -> argparse.ArgumentParser:
     add("--output", type=Path, metavar="FILE", help="merged file; default: a numbered one in ComfyUI's output/loras")
     add("--overwrite", action="store_true", help="replace the output, its reports and the saved calibration")
     add("--save-calibration", type=Path, metavar="FILE", help="keep the calibration")
-    add("--again", action="store_true", help="insist that the recipe is a merged file, and compare with its tensors")
+    add(
+        "--again",
+        action="store_true",
+        help="insist that the recipe is a merged file, and fail if it comes out otherwise (beyond rounding)",
+    )
     add("--trust-graph", action="store_true", help="run any node and custom node pack that a merged file's graph names")
     add("--check", action="store_true", help="only check the recipe")
     add("--example", action="store_true", help="print an example recipe")
@@ -125,7 +131,7 @@ def _say(text: str) -> None:
 
 
 def _run(given: argparse.Namespace, host_options: Sequence[str]) -> int:
-    from ..ssr_core import FileError, SSRMergeError, check_graph, joined, read_recipe
+    from ..ssr_core import FileError, SSRMergeError, check_graph, joined, largest_difference, read_recipe, rounding
     from . import installation
 
     first = os.environ.get("RANK", "0") == "0"
@@ -133,6 +139,8 @@ def _run(given: argparse.Namespace, host_options: Sequence[str]) -> int:
         again = given.recipe.suffix.lower() == ".safetensors"
         if given.again and not again:
             raise FileError("--again takes a merged .safetensors.", file=str(given.recipe))
+        if given.output is not None and given.output.resolve() == given.recipe.resolve():
+            raise FileError("the output would replace what it is made from.", file=str(given.output), remedy=_OTHER)
         recipe = read_recipe(given.recipe)
         overrides = {
             "checkpoint": given.checkpoint,
@@ -164,8 +172,10 @@ def _run(given: argparse.Namespace, host_options: Sequence[str]) -> int:
         if path is not None:
             print(path)  # noqa: T201
             if again:
-                difference = work.largest_difference(given.recipe, path)
+                difference, allowed = largest_difference(given.recipe, path), rounding(given.recipe)
                 _say(f"largest relative difference to {given.recipe.name}: {difference:.1e}")
+                if given.again and not difference <= allowed:
+                    raise FileError(f"it is another merge: rounding is at most {allowed:.1e}.", file=str(path))
     except SSRMergeError as err:
         _say(str(err))
         return FAILED

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from ..nodes import compressing, entries, host, loading, options, passes, paths, pipeline, saving
 from ..nodes.host.graph import load_packs, run_graph
@@ -190,39 +189,3 @@ def _write_reports(path: Path, merged: pipeline.Merged, report: CompressionRepor
     for name, content in zip(_report_paths(path), (text, json.dumps(values, indent=1)), strict=True):
         with atomic_path(name, overwrite) as temporary:
             temporary.write_text(content, encoding="utf-8")
-
-
-def largest_difference(one: Path, other: Path) -> float:
-    """Largest relative difference (Frobenius) of the layers' changes in two merged files; 0: the same.
-
-    Raises:
-        FileError: They hold other tensors.
-    """
-    first, second = read_safetensors(one)[0], read_safetensors(other)[0]
-    if {k: v.shape for k, v in first.items()} != {k: v.shape for k, v in second.items()}:
-        raise FileError("the two files hold other tensors.", file=other.name, remedy="see what their reports say.")
-    worst = 0.0
-    for key in first:
-        pair = _partner(key)
-        if pair is None or pair not in first:
-            if not key.endswith(_DOWNS):
-                worst = max(worst, _distance(first[key].double(), second[key].double()))
-            continue
-        changes = [one[key].double().flatten(1) @ one[pair].double().flatten(1) for one in (first, second)]
-        worst = max(worst, _distance(*changes))
-    return worst
-
-
-_DOWNS = (".lora_down.weight", ".lora_A.weight")
-
-
-def _partner(key: str) -> str | None:
-    """The down that belongs to an up."""
-    for up, down in zip((".lora_up.weight", ".lora_B.weight"), _DOWNS, strict=True):
-        if key.endswith(up):
-            return key.removesuffix(up) + down
-    return None
-
-
-def _distance(one: Tensor, other: Tensor) -> float:
-    return float((one - other).norm() / one.norm().clamp_min(1e-300))

@@ -6,6 +6,7 @@ ComfyUI" shows the few calls that a merge takes.
 
 from .adapters import RESTS, Adapter, Conversion, ConvertOptions, DenseGroup, KeyRecord, LoRALayer, Rest
 from .advice import prompt_warnings
+from .again import largest_difference, rounding
 from .calibration import Calibration, Calibrator, assemble
 from .calibration_io import load_calibration, save_calibration
 from .combining import combine
@@ -193,6 +194,7 @@ __all__ = [
     "init_markdown",
     "input_layers",
     "keep",
+    "largest_difference",
     "listing_text",
     "joined",
     "load_calibration",
@@ -214,6 +216,7 @@ __all__ = [
     "record",
     "records_of",
     "refit_markdown",
+    "rounding",
     "save_calibration",
     "save_record",
     "tensors_hash",
