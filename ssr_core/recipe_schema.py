@@ -143,7 +143,11 @@ SCHEMA: dict[str, Any] = {
                         "settings": _SETTINGS,
                         "file": {**_TEXT, "description": "A saved calibration, instead of passes."},
                         "model": {**_TEXT, "description": f"Identity of the model that was calibrated. {_NOTED}"},
-                        "strengths": {"type": "array", "description": f"As calibrated, by record. {_NOTED}"},
+                        "strengths": {
+                            "type": "array",
+                            "items": {"type": "array", "items": {"type": "number"}, "minItems": 2},
+                            "description": f"As calibrated, by record. {_NOTED}",
+                        },
                     }
                 ),
                 "type": ["object", "null"],

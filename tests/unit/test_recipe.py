@@ -116,6 +116,47 @@ def test_what_a_later_version_wrote_is_said_and_left_out():
         parse_recipe(later, "x")
 
 
+def test_options_of_a_later_version_are_said_and_left_out():
+    later = {
+        "sources": [{"name": "a", "convert": {"max_rank": 4, "moonlight": 1}}],
+        "compress": {"limit": "rank", "value": 8, "starlight": 2},
+    }
+    found = parse_recipe(later, "x", recorded=True)
+    assert found.compress == CompressOptions("rank", 8) and found.sources[0].convert.max_rank == 4
+    assert all(word in " ".join(found.remarks) for word in ("moonlight", "starlight"))
+    with pytest.raises(FileError, match=r"moonlight.*starlight"):
+        parse_recipe(later, "x")
+
+
+HUGE = int("9" * 400)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"calibration": {"strengths": [3]}}, r"calibration.strengths\[0\] is 3, not a list"),
+        ({"calibration": {"strengths": [[1.0]]}}, r"strengths\[0\] has 1 entries"),
+        ({"calibration": {"strengths": [["x", 1]]}}, r"strengths\[0\]\[0\] is 'x'"),
+        ({"sources": [{"name": "a", "strength_model": HUGE}]}, "strength_model is not finite"),
+        ({"sources": [{"name": "a", "calibrated_at": [HUGE, 1]}]}, r"calibrated_at\[0\] is not finite"),
+        ({"calibration": {"settings": {"seed": -HUGE}}}, "seed is not finite"),
+        ({"compress": {"limit": "rank", "value": HUGE}}, "compress.value is not finite"),
+        ({"parameters": {"ridge": HUGE}}, "parameters.ridge is not finite"),
+    ],
+)
+@pytest.mark.parametrize("recorded", [False, True])
+def test_values_of_any_kind_are_refused_by_name(change, words, recorded):
+    with pytest.raises(FileError, match=words):
+        parse_recipe({**SMALLEST, **change}, "x", recorded=recorded)
+
+
+def test_bottomless_json_is_refused(tmp_path):
+    path = tmp_path / "recipe.json"
+    path.write_text("[" * 200_000)
+    with pytest.raises(FileError, match="no JSON"):
+        read_recipe(path)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
