@@ -61,12 +61,13 @@ from .report import FileAccount, LayerReport, MergeReport
 from .router import ANCHORS, Anchor
 from .sampling import InputSample, SampleOptions
 from .signals.budget import MB
-from .signals.estimate import SMALL_RECORDS, Share, SmallRecords, from_records
+from .signals.estimate import SMALL_RECORDS, SmallRecords, from_records
 from .signals.factor import InputFactor
 from .signals.identity import RecordIdentity
 from .signals.library import CleanRule, Listed, RecordLibrary, clean, listing_text
 from .signals.record_io import RecordFile, open_record, save_record
 from .signals.recorder import Recorder, finished, record, unknown_share
+from .signals.shares import Share
 from .signals.sketch import RecordOptions
 from .stacks import LayerStack, Task, build_stacks
 from .taps import Tap
