@@ -95,10 +95,10 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return _run(given, arguments[at + 1 :])
     except KeyboardInterrupt:
-        _say("interrupted; nothing was written.")
+        _say("interrupted; no file is half-written.")
         return INTERRUPTED
     except _Stopped:
-        _say(f"{_who()}stopped by a signal, as when another process failed; nothing was written.")
+        _say(f"{_who()}stopped by a signal, as when another process failed; no file is half-written.")
         return STOPPED
 
 

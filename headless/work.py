@@ -78,7 +78,6 @@ def carry_out(recipe: Recipe, wanted: Wanted, ranks: Ranks) -> tuple[Path | None
             loaded = loading.load(merging, model, clip, progress, known)
         merged, report = _merged(recipe, loaded, model, clip, calibration, progress)
         path = wanted.output or paths.output_path("loras/ssr_merged", ".safetensors")
-        path.parent.mkdir(parents=True, exist_ok=True)
         saving.save_lora(merged.lora, path, recipe.key_style, recipe.model, wanted.overwrite)
         _write_reports(path, merged, report, wanted.overwrite)
     return path, remarks
