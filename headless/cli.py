@@ -27,6 +27,8 @@ examples:
 
 docs/headless.md describes recipes; docs/recipe.schema.json is their schema."""
 
+_OTHER = "choose another --output."
+
 EXAMPLE = {
     "model": {"checkpoint": "sd_xl_base_1.0.safetensors"},
     "sources": [
@@ -35,7 +37,7 @@ EXAMPLE = {
     ],
     "method": "ssr",
     "parameters": {"ridge": 0.01},
-    "calibration": {"settings": {"seed": 0, "steps": 1, "width": 512, "height": 512}},
+    "calibration": {"settings": {"seed": 0, "steps": 4, "width": 512, "height": 512}},
     "compress": {"limit": "share", "value": 0.5},
     "key_style": "comfy",
 }
@@ -56,7 +58,12 @@ def parser() -> argparse.ArgumentParser:
     add("--output", type=Path, metavar="FILE", help="merged file; default: a numbered one in ComfyUI's output/loras")
     add("--overwrite", action="store_true", help="replace the output, its reports and the saved calibration")
     add("--save-calibration", type=Path, metavar="FILE", help="keep the calibration")
-    add("--again", action="store_true", help="insist that the recipe is a merged file, and compare with its tensors")
+    add(
+        "--again",
+        action="store_true",
+        help="insist that the recipe is a merged file, and fail if it comes out otherwise (beyond rounding)",
+    )
+    add("--trust-graph", action="store_true", help="run any node and custom node pack that a merged file's graph names")
     add("--check", action="store_true", help="only check the recipe")
     add("--example", action="store_true", help="print an example recipe")
     add("--quiet", action="store_true", help="no progress bar")
@@ -88,10 +95,10 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return _run(given, arguments[at + 1 :])
     except KeyboardInterrupt:
-        _say("interrupted; nothing was written.")
+        _say("interrupted; no file is half-written.")
         return INTERRUPTED
     except _Stopped:
-        _say(f"{_who()}stopped by a signal, as when another process failed; nothing was written.")
+        _say(f"{_who()}stopped by a signal, as when another process failed; no file is half-written.")
         return STOPPED
 
 
@@ -124,7 +131,7 @@ def _say(text: str) -> None:
 
 
 def _run(given: argparse.Namespace, host_options: Sequence[str]) -> int:
-    from ..ssr_core import FileError, SSRMergeError, joined, read_recipe
+    from ..ssr_core import FileError, SSRMergeError, check_graph, joined, largest_difference, read_recipe, rounding
     from . import installation
 
     first = os.environ.get("RANK", "0") == "0"
@@ -132,6 +139,8 @@ def _run(given: argparse.Namespace, host_options: Sequence[str]) -> int:
         again = given.recipe.suffix.lower() == ".safetensors"
         if given.again and not again:
             raise FileError("--again takes a merged .safetensors.", file=str(given.recipe))
+        if given.output is not None and given.output.resolve() == given.recipe.resolve():
+            raise FileError("the output would replace what it is made from.", file=str(given.output), remedy=_OTHER)
         recipe = read_recipe(given.recipe)
         overrides = {
             "checkpoint": given.checkpoint,
@@ -141,6 +150,8 @@ def _run(given: argparse.Namespace, host_options: Sequence[str]) -> int:
         }
         named = {name: value for name, value in overrides.items() if value is not None}
         recipe = replace(recipe, model=named) if named else recipe
+        if again and not given.trust_graph:
+            check_graph(recipe.model, given.recipe.name)
         if given.check:
             _say("the recipe is right.")
             return OK
@@ -161,8 +172,10 @@ def _run(given: argparse.Namespace, host_options: Sequence[str]) -> int:
         if path is not None:
             print(path)  # noqa: T201
             if again:
-                difference = work.largest_difference(given.recipe, path)
+                difference, allowed = largest_difference(given.recipe, path), rounding(given.recipe)
                 _say(f"largest relative difference to {given.recipe.name}: {difference:.1e}")
+                if given.again and not difference <= allowed:
+                    raise FileError(f"it is another merge: rounding is at most {allowed:.1e}.", file=str(path))
     except SSRMergeError as err:
         _say(str(err))
         return FAILED

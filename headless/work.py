@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from ..nodes import compressing, entries, host, loading, options, passes, paths, pipeline, saving
 from ..nodes.host.graph import load_packs, run_graph
 from ..nodes.model_info import model_identity
 from ..ssr_core import (
+    PASS_DEFAULTS,
     Calibration,
     CompressionReport,
     FileError,
     Ranks,
     Recipe,
-    SampleOptions,
     Source,
     TaskRecord,
     atomic_path,
@@ -30,19 +28,6 @@ from ..ssr_core import (
     save_calibration,
 )
 from .loaders import model_graph
-
-DEFAULTS: Mapping[str, Any] = {
-    "seed": 0,
-    "steps": 1,
-    "width": 512,
-    "height": 512,
-    "frames": 1,
-    "scheduler": "simple",
-    "padding": "balance",
-    "memory_budget_gb": 0.0,
-    "sampled_tokens": SampleOptions().tokens,
-}
-"""As in SSR Merge."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +78,6 @@ def carry_out(recipe: Recipe, wanted: Wanted, ranks: Ranks) -> tuple[Path | None
             loaded = loading.load(merging, model, clip, progress, known)
         merged, report = _merged(recipe, loaded, model, clip, calibration, progress)
         path = wanted.output or paths.output_path("loras/ssr_merged", ".safetensors")
-        path.parent.mkdir(parents=True, exist_ok=True)
         saving.save_lora(merged.lora, path, recipe.key_style, recipe.model, wanted.overwrite)
         _write_reports(path, merged, report, wanted.overwrite)
     return path, remarks
@@ -172,7 +156,7 @@ def _calibration(
 
 def _calibration_options(recipe: Recipe) -> options.CalibrationOptions:
     given = dict(recipe.settings or {})
-    values = {**DEFAULTS, **{name: given[name] for name in DEFAULTS if name in given}}
+    values = {**PASS_DEFAULTS, **{name: given[name] for name in PASS_DEFAULTS if name in given}}
     if "sigmas" in given and given.get("custom_sigmas", True):
         values["sigmas"] = torch.tensor([*given["sigmas"], 0.0])  # what follows the last one is not evaluated
     if "latent" in given and given.get("custom_latent", True):
@@ -204,39 +188,3 @@ def _write_reports(path: Path, merged: pipeline.Merged, report: CompressionRepor
     for name, content in zip(_report_paths(path), (text, json.dumps(values, indent=1)), strict=True):
         with atomic_path(name, overwrite) as temporary:
             temporary.write_text(content, encoding="utf-8")
-
-
-def largest_difference(one: Path, other: Path) -> float:
-    """Largest relative difference (Frobenius) of the layers' changes in two merged files; 0: the same.
-
-    Raises:
-        FileError: They hold other tensors.
-    """
-    first, second = read_safetensors(one)[0], read_safetensors(other)[0]
-    if {k: v.shape for k, v in first.items()} != {k: v.shape for k, v in second.items()}:
-        raise FileError("the two files hold other tensors.", file=other.name, remedy="see what their reports say.")
-    worst = 0.0
-    for key in first:
-        pair = _partner(key)
-        if pair is None or pair not in first:
-            if not key.endswith(_DOWNS):
-                worst = max(worst, _distance(first[key].double(), second[key].double()))
-            continue
-        changes = [one[key].double().flatten(1) @ one[pair].double().flatten(1) for one in (first, second)]
-        worst = max(worst, _distance(*changes))
-    return worst
-
-
-_DOWNS = (".lora_down.weight", ".lora_A.weight")
-
-
-def _partner(key: str) -> str | None:
-    """The down that belongs to an up."""
-    for up, down in zip((".lora_up.weight", ".lora_B.weight"), _DOWNS, strict=True):
-        if key.endswith(up):
-            return key.removesuffix(up) + down
-    return None
-
-
-def _distance(one: Tensor, other: Tensor) -> float:
-    return float((one - other).norm() / one.norm().clamp_min(1e-300))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..ssr_core import ANCHORS, METHODS, PaddingMode, SampleOptions, SSRMerge
+from ..ssr_core import ANCHORS, METHODS, PASS_DEFAULTS, PaddingMode, SampleOptions, SSRMerge
 from . import host
 from .forward import APPLY
 from .options import DTYPES
@@ -37,7 +37,7 @@ def calibration_inputs() -> list[io.Input]:
     return [
         io.Int.Input(
             "seed",
-            default=0,
+            default=PASS_DEFAULTS["seed"],
             min=0,
             max=0xFFFFFFFFFFFFFFFF,
             control_after_generate=io.ControlAfterGenerate.fixed,
@@ -46,17 +46,17 @@ def calibration_inputs() -> list[io.Input]:
         ),
         io.Int.Input(
             "steps",
-            default=4,
+            default=PASS_DEFAULTS["steps"],
             min=1,
             max=100,
             tooltip="Sampling steps of each calibration pass. 4 looks at several noise levels and is recommended; 1, as in "
             "the paper, takes a quarter of the time and merges worse.",
         ),
-        io.Int.Input("width", default=512, min=16, max=8192, step=8, tooltip=_size_tip("Width")),
-        io.Int.Input("height", default=512, min=16, max=8192, step=8, tooltip=_size_tip("Height")),
+        io.Int.Input("width", default=PASS_DEFAULTS["width"], min=16, max=8192, step=8, tooltip=_size_tip("Width")),
+        io.Int.Input("height", default=PASS_DEFAULTS["height"], min=16, max=8192, step=8, tooltip=_size_tip("Height")),
         io.Int.Input(
             "frames",
-            default=1,
+            default=PASS_DEFAULTS["frames"],
             min=1,
             max=1025,
             tooltip="Video models: frames of the calibration pass. 1 is cheap; use a few if motion LoRAs are merged. "
@@ -81,21 +81,21 @@ def optional_calibration_inputs() -> list[io.Input]:
         io.Combo.Input(
             "scheduler",
             options=host.SCHEDULERS,
-            default="simple",
+            default=PASS_DEFAULTS["scheduler"],
             advanced=True,
             tooltip="Which noise levels the steps visit. At 1 step every scheduler starts from pure noise.",
         ),
         io.Combo.Input(
             "padding",
             options=list(PADDING),
-            default="balance",
+            default=PASS_DEFAULTS["padding"],
             advanced=True,
             tooltip="Padded text tokens: balance (recommended) lets them count at most as much as the prompt's own, "
             "include counts all alike, exclude leaves them out.",
         ),
         io.Float.Input(
             "memory_budget_gb",
-            default=0.0,
+            default=PASS_DEFAULTS["memory_budget_gb"],
             min=0.0,
             max=1024.0,
             step=0.5,
@@ -110,7 +110,7 @@ def sample_input() -> io.Int.Input:
     """How many whole inputs calibration keeps; came later, so it stands last in its nodes."""
     return io.Int.Input(
         "sampled_tokens",
-        default=SampleOptions().tokens,
+        default=PASS_DEFAULTS["sampled_tokens"],
         min=0,
         max=4096,
         optional=True,

@@ -6,6 +6,7 @@ ComfyUI" shows the few calls that a merge takes.
 
 from .adapters import RESTS, Adapter, Conversion, ConvertOptions, DenseGroup, KeyRecord, LoRALayer, Rest
 from .advice import prompt_warnings
+from .again import largest_difference, rounding
 from .calibration import Calibration, Calibrator, assemble
 from .calibration_io import load_calibration, save_calibration
 from .combining import combine
@@ -54,23 +55,25 @@ from .padding import PaddingMode, TextRows
 from .parse import read_adapter
 from .ranks import Ranks, joined
 from .recipe import Recipe, Source, parse_recipe, read_recipe
-from .recipe_schema import SCHEMA
+from .recipe_schema import PASS_DEFAULTS, SCHEMA
 from .records import TaskRecord, records_of
 from .report import FileAccount, LayerReport, MergeReport
 from .router import ANCHORS, Anchor
 from .sampling import InputSample, SampleOptions
 from .signals.budget import MB
-from .signals.estimate import SMALL_RECORDS, Share, SmallRecords, from_records
+from .signals.estimate import SMALL_RECORDS, SmallRecords, from_records
 from .signals.factor import InputFactor
 from .signals.identity import RecordIdentity
 from .signals.library import CleanRule, Listed, RecordLibrary, clean, listing_text
 from .signals.record_io import RecordFile, open_record, save_record
 from .signals.recorder import Recorder, finished, record, unknown_share
+from .signals.shares import Share
 from .signals.sketch import RecordOptions
 from .stacks import LayerStack, Task, build_stacks
 from .taps import Tap
 from .targets import KeyMap, KeyTarget, Part, Target
 from .triggers import TriggerWords, header_metadata, trigger_words
+from .trust import check_graph, pack_path
 from .updates import extend, keep, without
 from .version import VERSION
 
@@ -131,6 +134,7 @@ __all__ = [
     "MergeResult",
     "MomentOptions",
     "NPLoRAMerge",
+    "PASS_DEFAULTS",
     "PaddingMode",
     "PaperMerge",
     "Part",
@@ -172,6 +176,7 @@ __all__ = [
     "calibrate",
     "calibrate_sharded",
     "change_tensors",
+    "check_graph",
     "check_memory",
     "check_unsupported",
     "clean",
@@ -190,6 +195,7 @@ __all__ = [
     "init_markdown",
     "input_layers",
     "keep",
+    "largest_difference",
     "listing_text",
     "joined",
     "load_calibration",
@@ -200,6 +206,7 @@ __all__ = [
     "open_record",
     "osrm_init",
     "osrm_refit",
+    "pack_path",
     "parse_method",
     "parse_recipe",
     "plain_bytes",
@@ -210,6 +217,7 @@ __all__ = [
     "record",
     "records_of",
     "refit_markdown",
+    "rounding",
     "save_calibration",
     "save_record",
     "tensors_hash",

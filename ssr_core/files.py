@@ -122,7 +122,7 @@ def atomic_path(path: Path, overwrite: bool = False) -> Iterator[Path]:
     On any exception, Cancel included, the temporary file is removed and `path` is untouched.
 
     Raises:
-        FileError: `path` exists and `overwrite` is False, or the folder cannot be written.
+        FileError: `path` exists and `overwrite` is False, the folder cannot be written, or the disk is full.
     """
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
@@ -142,6 +142,10 @@ def atomic_path(path: Path, overwrite: bool = False) -> Iterator[Path]:
         if err.file != str(temporary):
             raise
         raise FileError(err.what, file=str(path), remedy=err.remedy) from err  # nobody knows the temporary name
+    except OSError as err:
+        raise FileError(
+            f"writing failed ({err.strerror or err}).", file=str(path), remedy="check the free disk space."
+        ) from err
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -156,7 +156,8 @@ class Ranks:
         return total.cpu()
 
 
-PATIENCE = timedelta(minutes=30)
+PATIENCE = timedelta(hours=12)
+"""As long as the slowest process may take longer than the fastest; one that was killed is noticed at once."""
 
 _BUCKET = 1 << 23
 """Numbers exchanged at once: a message for each layer would mostly wait."""

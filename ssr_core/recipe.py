@@ -13,7 +13,7 @@ from .compression import CompressOptions
 from .emit import KeyStyle
 from .errors import FileError, IncompatibleError
 from .files import read_metadata
-from .metadata import KEY
+from .metadata import KEY, check_one_run
 from .methods import METHODS, MergeMethod
 from .recipe_schema import SCHEMA
 from .schema import problems
@@ -92,7 +92,7 @@ def read_recipe(path: Path) -> Recipe:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as err:
         raise FileError(f"cannot read the recipe ({err.strerror}).", file=str(path), remedy="check the path.") from err
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise FileError(f"the recipe is no JSON ({err}).", file=str(path), remedy="mend it there.") from err
     return parse_recipe(value, path.name)
 
@@ -105,7 +105,7 @@ def _from_metadata(path: Path) -> Recipe:
         )
     try:
         value = json.loads(metadata[KEY])
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise FileError(f"its metadata is damaged ({err}).", file=path.name, remedy="use a recipe file.") from err
     if isinstance(value, dict):
         value.setdefault("key_style", metadata.get(f"{KEY}.key_style", "comfy"))
@@ -123,6 +123,8 @@ def parse_recipe(value: Any, name: str, *, recorded: bool = False) -> Recipe:
     Raises:
         FileError: Names every wrong key.
     """
+    if recorded:
+        check_one_run(value, name)
     wrong = problems(value, SCHEMA, unknown=not recorded)
     if wrong:
         raise _refused(name, wrong)
@@ -144,7 +146,7 @@ def parse_recipe(value: Any, name: str, *, recorded: bool = False) -> Recipe:
 
     compress = value.get("compress")
     try:
-        options = None if compress is None else CompressOptions(**compress)
+        options = None if compress is None else CompressOptions(**_known(compress, CompressOptions))
     except IncompatibleError as err:
         raise _refused(name, [err.what.rstrip(".")]) from err
     return Recipe(
@@ -184,14 +186,23 @@ def _source(value: Mapping[str, Any], index: int, strengths: Sequence[Any], ever
         tuple(value.get("prompts") or ("",)),
         value.get("sha256"),
         (float(then[0]), float(then[1])),
-        ConvertOptions(max_rank=0) if convert is None else ConvertOptions(**convert),
+        ConvertOptions(max_rank=0) if convert is None else ConvertOptions(**_known(convert, ConvertOptions)),
     )
+
+
+def _known(value: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """What of a later version's options this one has, too; the remarks name the rest."""
+    names = {one.name for one in fields(kind)}
+    return {key: item for key, item in value.items() if key in names}
 
 
 def _method(name: str, parameters: Mapping[str, Any], file: str) -> MergeMethod:
     kind = METHODS[name]
     known = [one.name for one in fields(kind)]  # type: ignore[arg-type]
     strange = [key for key in parameters if key not in known]
+    wrong = [one for key, item in parameters.items() for one in problems(item, {}, f"parameters.{key}")]
+    if wrong:
+        raise _refused(file, wrong)
     if strange:
         takes = f"takes {', '.join(known)}" if known else "takes none"
         raise _refused(file, [f"parameters.{strange[0]} is no parameter of {name}, which {takes}"])
@@ -208,6 +219,15 @@ def _model(value: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         raise _refused(name, [f"model has {' and '.join(ways) or 'no'} source; give checkpoint, or unet, or graph"])
     if "graph" in value and not value.get("model"):
         raise _refused(name, ["model.model has to be the link [node id, output number] of the MODEL in the graph"])
+    for key in ("model", "clip_link"):
+        link = value.get(key)
+        if link and (len(link) != 2 or not isinstance(link[0], str) or type(link[1]) is not int):
+            raise _refused(name, [f"model.{key} is no link [node id, output number]"])
+    for key, node in value.get("graph", {}).items():
+        if not (isinstance(node, dict) and isinstance(node.get("class_type"), str)):
+            raise _refused(name, [f"model.graph.{key} is no node with a class_type"])
+        if not isinstance(node.get("inputs", {}), dict):
+            raise _refused(name, [f"model.graph.{key}.inputs is no object"])
     if value.get("clip") and len(value["clip"]) > 4:
         raise _refused(name, ["model.clip has more than four files"])
     return value

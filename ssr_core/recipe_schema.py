@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from .adapters import RESTS, ConvertOptions
@@ -9,6 +10,20 @@ from .compression import LIMITS
 from .emit import KEY_STYLES
 from .methods import METHODS
 from .padding import PaddingMode
+from .sampling import SampleOptions
+
+PASS_DEFAULTS: Mapping[str, Any] = {
+    "seed": 0,
+    "steps": 4,
+    "width": 512,
+    "height": 512,
+    "frames": 1,
+    "scheduler": "simple",
+    "padding": "balance",
+    "memory_budget_gb": 0.0,
+    "sampled_tokens": SampleOptions().tokens,
+}
+"""Settings of calibration passes where nobody says otherwise: in nodes and in recipes."""
 
 _CONVERT = ConvertOptions()
 _TEXT: dict[str, Any] = {"type": "string"}
@@ -128,7 +143,11 @@ SCHEMA: dict[str, Any] = {
                         "settings": _SETTINGS,
                         "file": {**_TEXT, "description": "A saved calibration, instead of passes."},
                         "model": {**_TEXT, "description": f"Identity of the model that was calibrated. {_NOTED}"},
-                        "strengths": {"type": "array", "description": f"As calibrated, by record. {_NOTED}"},
+                        "strengths": {
+                            "type": "array",
+                            "items": {"type": "array", "items": {"type": "number"}, "minItems": 2},
+                            "description": f"As calibrated, by record. {_NOTED}",
+                        },
                     }
                 ),
                 "type": ["object", "null"],

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .router import block_slices
-from .sampling import InputSample
+from .sampling import InputSample, bounded
 
 RIDGES = (1.0, 0.1, 0.01)
 """mu to choose from, as fractions of the mean squared norm of the weighted tokens."""
@@ -50,7 +50,7 @@ def refine(
     """Fit the correction of one layer.
 
     Args:
-        samples: One for each task; every task's weights count 1 in all.
+        samples: One for each task; every task's weights count 1 in all. At most `SampleOptions().most` tokens are used.
         basis: V (R, in), float64, on the device to compute on.
         ranks: Rows of each task's block.
         router: M (R, R), float64.
@@ -59,6 +59,7 @@ def refine(
     Returns:
         The correction; None if the tokens are all zero or the LoRAs put out nothing.
     """
+    samples = bounded(samples)  # those of combined runs add up
     x, sizes = weighted_tokens(samples, basis)
     signals = x @ basis.T
     wanted = torch.zeros_like(signals)

@@ -77,6 +77,25 @@ def thinned(sample: InputSample, tokens: int) -> InputSample:
     return InputSample(sample.rows[:tokens], kept * (sample.weights.sum() / kept.sum()), held)
 
 
+def bounded(samples: Sequence[InputSample], most: int = SampleOptions().most) -> list[InputSample]:
+    """Samples of all tasks with at most `most` tokens together, e.g. of combined runs.
+
+    What is too much is drawn once more by priority, with numbers that depend on a token's place only, and keeps its
+    weight in all. Sums of runs stay whole until here, so that they are associative.
+    """
+    room = max(1, most // max(1, len(samples)))
+    return [one if len(one.rows) <= room else _drawn(one, room) for one in samples]
+
+
+def _drawn(sample: InputSample, tokens: int) -> InputSample:
+    priorities = sample.weights / _uniform(0, len(sample.rows), SampleOptions().seed, sample.weights.device)
+    best, order = priorities.topk(tokens + 1)
+    kept = order[:-1].sort().values
+    weights = torch.maximum(sample.weights[kept], best[-1])
+    held = None if sample.held is None else sample.held[kept]
+    return InputSample(sample.rows[kept], weights * (sample.weights.sum() / weights.sum()), held)
+
+
 def joined(parts: Sequence[tuple[InputSample, float]]) -> InputSample:
     """One sample of several runs; each token stands for `weight` times as many.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -69,7 +69,7 @@ def _is(value: Any, kind: str) -> bool:
 
 
 def _range(value: float, schema: Schema, here: str) -> list[str]:
-    if not math.isfinite(value):
+    if not -sys.float_info.max <= value <= sys.float_info.max:  # integers of any length, too
         return [f"{here} is not finite"]
     if "minimum" in schema and value < schema["minimum"]:
         return [f"{here} is {value}, the least is {schema['minimum']}"]

@@ -67,7 +67,8 @@ def extend(exact: Calibration, estimate: Calibration) -> Calibration:
 
         S_no = A S_oo,      S_nn = A S_oo A^T + (S'_nn - A S'_oo A^T),
 
-    which is exact in the old rows and positive semidefinite whatever S_oo is.
+    which is exact in the old rows and positive semidefinite whatever S_oo is. S' is scaled to the tokens of S
+    first: what its tokens leave over has to weigh as much as theirs.
 
     Args:
         exact: Statistics of some of the LoRAs.
@@ -92,7 +93,8 @@ def extend(exact: Calibration, estimate: Calibration) -> Calibration:
         rows = _rows(guess.ranks, blocks)
         for block, task in zip(blocks, old, strict=True):
             mine = exact.stack_tasks[target].index(known[task])
-            gram[block] = _completed(gram[block], truth.gram[mine].double(), rows)
+            share = _share(truth.tokens[mine], guess.tokens[block])  # what the records do not know weighs as much
+            gram[block] = _completed(share * gram[block], truth.gram[mine].double(), rows)
             tokens[block], bad[block] = truth.tokens[mine], truth.nonfinite[mine]
         samples = None if guess.samples is None else list(guess.samples)
         if samples is not None and truth.samples is not None:
@@ -106,6 +108,11 @@ def extend(exact: Calibration, estimate: Calibration) -> Calibration:
             samples=None if samples is None else tuple(samples),
         )
     return replace(estimate, stats=stats)
+
+
+def _share(truth: Tensor, guess: Tensor) -> float:
+    """How often the estimate's tokens are counted in the truth; 1 where one of the two saw none."""
+    return float(truth / guess) if bool((truth > 0) & (guess > 0)) else 1.0
 
 
 def _completed(guess: Tensor, truth: Tensor, rows: Tensor) -> Tensor:

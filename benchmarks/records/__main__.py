@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.ranks import max_rank_difference
 from benchmarks.speed.machine import describe, sentence
 from ssr_core import RecordOptions
 
@@ -26,15 +27,6 @@ from .world import TOY, Size, World, spectrum
 SIZES, TOY_SIZES = (4, 8, 16, 32, 64, 128), (2, 8)
 SAMPLES = (32, 64, 128, 256)
 CACHE = Path(".cache/records")
-
-
-def rank_difference() -> float | None:
-    """Largest relative difference between one process and several; None where the sharded run is not there."""
-    try:
-        from benchmarks.ranks import max_rank_difference
-    except ImportError:
-        return None
-    return float(max_rank_difference())
 
 
 def default_ratio(rows: list[dict[str, Any]]) -> float:
@@ -75,7 +67,7 @@ def main() -> None:
         "bytes_per_lora": round(total["bytes"]),
         "seconds_per_lora": total["pass_seconds"] + total["finish_seconds"],
         "merge_seconds_per_pair": total["merge_seconds"],
-        "max_rank_difference": rank_difference(),
+        "max_rank_difference": max_rank_difference(),
         "exact_error": world.exact[0],
         "merged_rank": sum(next(iter(world.stacks.values())).basis_ranks),
         "curves": rows,

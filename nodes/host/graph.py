@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import folder_paths
 
 import nodes as comfy_nodes
 
-from ...ssr_core import FileError, IncompatibleError
+from ...ssr_core import FileError, IncompatibleError, pack_path
 
 Graph = Mapping[str, Mapping[str, Any]]
 """ComfyUI's API format: node id -> class_type and inputs."""
@@ -22,15 +21,10 @@ def load_packs(names: Sequence[str]) -> None:
     """Load some of the installed custom node packs.
 
     Raises:
-        FileError: A pack is not installed, or does not load.
+        FileError: A pack is not one folder of custom_nodes, is not installed, or does not load.
     """
     for name in names:
-        found = [Path(root) / name for root in folder_paths.get_folder_paths("custom_nodes")]
-        path = next((one for one in found if one.exists()), None)
-        if path is None:
-            raise FileError(
-                "no custom_nodes folder has this pack.", file=name, remedy="install it, or correct model.custom_nodes."
-            )
+        path = pack_path(name, folder_paths.get_folder_paths("custom_nodes"))
         if not asyncio.run(comfy_nodes.load_custom_node(str(path))):
             raise FileError("ComfyUI cannot load this pack.", file=name, remedy="look at ComfyUI's message above.")
 

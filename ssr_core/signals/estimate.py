@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..calibration import Calibration
-from ..errors import CalibrationError, IncompatibleError
+from ..errors import CalibrationError
 from ..gram import GramStats
 from ..input_hooks import whole_module
 from ..records import records_of
@@ -24,36 +24,14 @@ from ..sampling import InputSample, SampleOptions, joined, thinned
 from ..stacks import LayerStack, Task, build_stacks
 from ..targets import Target
 from .factor import InputFactor
-from .identity import shared_pass
 from .record_io import RecordFile
+from .shares import Share, check_shares, check_width
 
 SmallRecords = Literal["accept", "refuse"]
 SMALL_RECORDS: tuple[SmallRecords, ...] = ("accept", "refuse")
 
 RESOLVED = 1e-5
 """Share of a layer's energy that a record may lack and still count as knowing all of it."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """One pass of one LoRA, and how much its tokens count.
-
-    Attributes:
-        record: The record of that pass.
-        weight: 1 as recorded; 0 leaves it out.
-
-    Raises:
-        IncompatibleError: A weight below 0, or not finite.
-    """
-
-    record: RecordFile
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.weight < float("inf"):
-            raise IncompatibleError(
-                f"{self.weight} is no weight of a prompt.", file=self.record.path.name, remedy="use 0 or more."
-            )
 
 
 def from_records(
@@ -81,7 +59,7 @@ def from_records(
         FileError: A record is damaged.
     """
     used = [[one for one in mine if one.weight > 0] for mine in shares]
-    _check(tasks, used)
+    check_shares(tasks, used)
     stacks = [one for one in build_stacks(tasks) if one.tapped and len(one.blocks) > 1]
     found: dict[Target, list[_Sum]] = {stack.target: [] for stack in stacks}
     total, done, missing = sum(len(mine) for mine in used) * len(stacks), 0, _Missing()
@@ -96,6 +74,7 @@ def from_records(
                         continue
                     factor = read(whole_module(stack.target))
                     if factor is not None:
+                        check_width(factor, stack, share.record)
                         missing.add(factor, _lacking(factor, stack, share.record, small))
                         found[stack.target].append(_Sum.of(index, factor, stack, share.weight))
     stats = {stack.target: _stats(stack, found[stack.target]) for stack in stacks}
@@ -180,44 +159,6 @@ def _together(kept: Sequence[tuple[InputSample, float]], loras: int) -> InputSam
         allowed = SampleOptions(len(sample.rows)).shared_by(loras).tokens
         parts.append((thinned(sample, max(1, allowed // len(kept))), weight))
     return joined(parts)
-
-
-def _check(tasks: Sequence[Task], shares: Sequence[Sequence[Share]]) -> None:
-    first: Share | None = None
-    for task, mine in zip(tasks, shares, strict=True):
-        if task.active and not mine:
-            raise IncompatibleError("none of its prompts has a record.", file=task.name, remedy="record it.")
-        for share in mine:
-            recorded = share.record.identity.task
-            if recorded.fingerprint != task.adapter.fingerprint:
-                raise IncompatibleError(
-                    f"the record {share.record.path.name} is of other content (the LoRA {recorded.name}).",
-                    file=task.name,
-                    remedy="record the LoRA again.",
-                )
-            if recorded.convert_options != task.adapter.convert_options:
-                raise IncompatibleError(
-                    f"the record {share.record.path.name} was made with other conversion settings.",
-                    file=task.name,
-                    remedy="record the LoRA again, or set convert_rank as it was.",
-                )
-            first = first or share
-            off = shared_pass(first.record.identity, share.record.identity)
-            if off:
-                raise IncompatibleError(
-                    f"its record and that of {first.record.identity.task.name} do not belong together: "
-                    f"{'; '.join(off)}. A router would learn that difference.",
-                    file=task.name,
-                    remedy="record both with the same model, seed, steps and size.",
-                )
-    for task, mine in zip(tasks, shares, strict=True):
-        prompts = tuple(prompt for share in mine for prompt in share.record.identity.task.prompts)
-        if mine and prompts != task.prompts:
-            raise IncompatibleError(
-                f"its records are of the prompts {' | '.join(prompts)}.",
-                file=task.name,
-                remedy="give the LoRA the prompts of its records, in their order.",
-            )
 
 
 def _lacking(factor: InputFactor, stack: LayerStack, record: RecordFile, small: SmallRecords) -> int:

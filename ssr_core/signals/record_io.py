@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import zlib
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -16,16 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters import ConvertOptions
-from ..errors import FileError
+from ..errors import CalibrationError, FileError
 from ..files import atomic_path, json_text, open_safetensors, write_safetensors
 from ..finite import all_finite
-from ..records import TaskRecord
 from ..sampling import InputSample
 from ..targets import Target
 from .budget import distinct
 from .factor import InputFactor
 from .identity import RECORD_VERSION, RecordIdentity
+from .record_header import checked_factor, read_identity, read_options
 from .sketch import RecordOptions
 
 FORMAT = "ssr_record"
@@ -34,8 +32,17 @@ FORMAT = "ssr_record"
 SUFFIX = ".ssrrecord"
 """Not .safetensors: ComfyUI would list records beside their LoRAs as LoRAs."""
 _AGAIN = "delete it and record the LoRA again."
-_FACTOR = {"columns", "norms"}
-_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError, RecursionError)
+_DAMAGE = (
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    IndexError,
+    OverflowError,
+    CalibrationError,
+    RuntimeError,
+    RecursionError,
+)
 
 
 def save_record(
@@ -140,9 +147,12 @@ class RecordFile:
 
 def _fits(parts: Mapping[str, Tensor]) -> list[bool]:
     columns, norms = parts["columns"], parts["norms"]
-    fits = [columns.ndim == 2, columns.dtype == torch.float16, norms.shape == columns.shape[1:]]
+    fits = [columns.ndim == 2, columns.dtype == torch.float16, norms.dtype == torch.float32]
+    fits += [norms.shape == columns.shape[1:], bool((norms >= 0).all())]
     if "rows" in parts:
         rows, scales, weights = parts["rows"], parts["scales"], parts["weights"]
+        fits += [(rows.dtype, scales.dtype, weights.dtype) == (torch.float16, torch.float32, torch.float64)]
+        fits += [len(rows) > 0, bool((scales >= 0).all()), bool((weights > 0).all())]
         fits += [rows.ndim == 2, rows.shape[1:] == columns.shape[:1], scales.shape == weights.shape == rows.shape[:1]]
     return fits
 
@@ -207,25 +217,13 @@ def open_record(path: Path) -> RecordFile:
             )
         if hashlib.sha256(text.encode()).hexdigest() != digest:
             raise ValueError("its header was changed")
-        task = dict(header["task"], prompts=tuple(header["task"]["prompts"]))
-        convert = task["convert_options"]
-        task["convert_options"] = None if convert is None else ConvertOptions(**convert)
-        identity = RecordIdentity(TaskRecord(**task), header["model"], header["text_encoder"], header["settings"])
-        factors = tuple(_checked(entry) for entry in header["factors"])
-        return RecordFile(path, identity, RecordOptions(**header["options"]), factors)
+        identity = read_identity(header)
+        factors = tuple(checked_factor(entry) for entry in header["factors"])
+        return RecordFile(path, identity, read_options(header["options"]), factors)
     except FileError:
         raise
     except _DAMAGE as err:
         raise FileError(f"the record is damaged ({type(err).__name__}: {err}).", file=path.name, remedy=_AGAIN) from err
-
-
-def _checked(entry: dict[str, Any]) -> dict[str, Any]:
-    numbers = [float(entry[name]) for name in ("trace", "tokens", "nonfinite", "own")]
-    if not all(math.isfinite(one) and one >= 0 for one in numbers) or not entry["layers"]:
-        raise ValueError("a layer's counts")
-    if set(entry["crc32"]) not in (_FACTOR, _FACTOR | {"rows", "scales", "weights"}):
-        raise ValueError("a layer's tensors")
-    return entry
 
 
 def _crc(tensor: Tensor) -> int:

@@ -1,8 +1,10 @@
 """Reading files of strangers, writing files that are never half there."""
 
+import errno
 import hashlib
 import pickle
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,3 +179,21 @@ def test_written_files_have_ordinary_permissions(tmp_path):
     with atomic_path(ours) as temporary:
         write_safetensors(temporary, TENSORS, {})
     assert ours.stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_disk_that_fills_up_while_text_is_written_is_no_traceback(tmp_path, overwrite):
+    path = tmp_path / "merged.report.md"
+    if overwrite:
+        path.write_text("earlier")
+    with pytest.raises(FileError, match="No space left") as found, atomic_path(path, overwrite) as temporary:
+        temporary.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(temporary))
+    assert str(path) in str(found.value) and "free disk space" in str(found.value)
+    assert [one.read_text() for one in tmp_path.iterdir()] == (["earlier"] if overwrite else [])
+
+
+def test_an_interruption_claims_no_more_than_is_true():
+    """A calibration, or the merge without its reports, may be there already."""
+    text = (Path(__file__).resolve().parents[2] / "headless" / "cli.py").read_text(encoding="utf-8")
+    assert "nothing was written" not in text

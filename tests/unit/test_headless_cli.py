@@ -1,12 +1,18 @@
 """The command as far as it goes without ComfyUI: help, examples, checks, exit codes, from any folder."""
 
+import collections
+import importlib
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
+
+from ssr_core import read_safetensors, write_safetensors
 
 PACK = Path(__file__).resolve().parents[2]
 
@@ -36,6 +42,7 @@ def test_help_names_every_option_and_exit_code():
         "--overwrite",
         "--save-calibration",
         "--again",
+        "--trust-graph",
         "--check",
         "--example",
         "--quiet",
@@ -94,6 +101,68 @@ def test_wrong_arguments(recipe, tmp_path):
     ):
         code, out, err = run(*arguments)
         assert (code, out) == (2, "") and words in err, (arguments, err)
+
+
+def merged_file(path, **changes):
+    """A file whose metadata is a recipe."""
+    value = {"sources": [{"name": "a.safetensors"}], "calibration": {"settings": {"seed": 0}}, **changes}
+    write_safetensors(path, {"x": torch.zeros(1)}, {"ssr_merge": json.dumps(value)})
+    return path
+
+
+def test_the_graph_of_a_merged_file_is_run_only_if_trusted(tmp_path):
+    model = {"graph": {"1": {"class_type": "LoadAnything"}}, "model": ["1", 0], "custom_nodes": ["strange"]}
+    path = merged_file(tmp_path / "merged.safetensors", model=model)
+    code, _, err = run(path, "--check")
+    assert code == 2 and "LoadAnything" in err and "strange" in err and "--trust-graph" in err
+    for more in (("--trust-graph",), ("--checkpoint", "mine.safetensors")):
+        assert run(path, "--check", *more)[0] == 0
+
+
+def in_package(monkeypatch):
+    """The command as headless/__main__.py imports it, in this process."""
+    package = types.ModuleType("pack_of_the_command")
+    package.__path__ = [str(PACK)]
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    return importlib.import_module(f"{package.__name__}.headless.cli")
+
+
+@pytest.mark.parametrize(("change", "again", "code"), [(1e-6, True, 0), (1e-2, True, 1), (1e-2, False, 0)])
+def test_a_merge_made_again_fails_if_it_is_another(tmp_path, monkeypatch, capsys, change, again, code):
+    """ComfyUI's part is replaced by one that writes a given result."""
+    cli = in_package(monkeypatch)
+    monkeypatch.setattr(cli.signal, "signal", lambda *given: None)
+    source, output = tmp_path / "merged.safetensors", tmp_path / "again.safetensors"
+    merged_file(source)
+
+    def carry_out(recipe, wanted, ranks):
+        write_safetensors(wanted.output, {"x": torch.ones(4) * (1 + change)}, {})
+        return wanted.output, []
+
+    _, metadata = read_safetensors(source)
+    write_safetensors(source, {"x": torch.ones(4)}, metadata)
+    parent = sys.modules[cli.__name__.rpartition(".")[0]]
+    start = types.SimpleNamespace(show_progress=lambda tell: None)
+    stub = types.SimpleNamespace(find=lambda given: tmp_path, start=lambda *given: start)
+    monkeypatch.setattr(parent, "installation", stub, raising=False)
+    kept = collections.namedtuple("Wanted", "output overwrite calibration beside")
+    monkeypatch.setattr(parent, "work", types.SimpleNamespace(Wanted=kept, carry_out=carry_out), raising=False)
+    arguments = [str(source), "--output", str(output), "--quiet", *(["--again"] if again else [])]
+    assert cli.main(arguments) == code
+    err = capsys.readouterr().err
+    assert float(err.split("difference to merged.safetensors: ")[1].split()[0]) == pytest.approx(change, rel=0.1)
+    assert ("it is another merge" in err) == (code == 1)
+
+
+def test_the_output_may_not_be_the_input(tmp_path):
+    path = merged_file(tmp_path / "merged.safetensors")
+    other = tmp_path / "link.safetensors"
+    other.symlink_to(path)
+    before = path.read_bytes()
+    for output in (path, other):
+        code, _, err = run(path, "--again", "--overwrite", "--output", output, "--comfyui", tmp_path)
+        assert code == 2 and "would replace what it is made from" in err
+    assert path.read_bytes() == before
 
 
 def module():

@@ -1,20 +1,25 @@
 """Recipes: what the metadata of every method says is read back as the same merge; wrong ones are named key by key."""
 
+import ast
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from helpers import calibrated, conflicting_tasks, linear64, task_tokens
+from recording import Attention, record_all, recorded_tasks, tokens
 
 from ssr_core import (
     METHODS,
+    PASS_DEFAULTS,
     SCHEMA,
     CompressOptions,
     FileError,
     NPLoRAMerge,
     SSRMerge,
     SumMerge,
+    combine,
+    from_records,
     merge_metadata,
     parse_recipe,
     read_recipe,
@@ -58,8 +63,6 @@ def test_metadata_reads_back_as_the_same_merge(method, tmp_path):
 
 def test_strengths_of_calibration_follow_the_lora_and_not_its_place():
     """A subset, in another order, at other strengths: what was calibrated is found by content."""
-    from dataclasses import replace
-
     tasks, calibration = tasks_and_calibration()
     records = [replace(record, strength_model=0.1 * (k + 1)) for k, record in enumerate(calibration.tasks)]
     calibration = replace(calibration, tasks=tuple(records))
@@ -111,6 +114,47 @@ def test_what_a_later_version_wrote_is_said_and_left_out():
     assert "moonlight" in parse_recipe(later, "x", recorded=True).remarks[0]
     with pytest.raises(FileError, match="moonlight is no known key"):
         parse_recipe(later, "x")
+
+
+def test_options_of_a_later_version_are_said_and_left_out():
+    later = {
+        "sources": [{"name": "a", "convert": {"max_rank": 4, "moonlight": 1}}],
+        "compress": {"limit": "rank", "value": 8, "starlight": 2},
+    }
+    found = parse_recipe(later, "x", recorded=True)
+    assert found.compress == CompressOptions("rank", 8) and found.sources[0].convert.max_rank == 4
+    assert all(word in " ".join(found.remarks) for word in ("moonlight", "starlight"))
+    with pytest.raises(FileError, match=r"moonlight.*starlight"):
+        parse_recipe(later, "x")
+
+
+HUGE = int("9" * 400)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"calibration": {"strengths": [3]}}, r"calibration.strengths\[0\] is 3, not a list"),
+        ({"calibration": {"strengths": [[1.0]]}}, r"strengths\[0\] has 1 entries"),
+        ({"calibration": {"strengths": [["x", 1]]}}, r"strengths\[0\]\[0\] is 'x'"),
+        ({"sources": [{"name": "a", "strength_model": HUGE}]}, "strength_model is not finite"),
+        ({"sources": [{"name": "a", "calibrated_at": [HUGE, 1]}]}, r"calibrated_at\[0\] is not finite"),
+        ({"calibration": {"settings": {"seed": -HUGE}}}, "seed is not finite"),
+        ({"compress": {"limit": "rank", "value": HUGE}}, "compress.value is not finite"),
+        ({"parameters": {"ridge": HUGE}}, "parameters.ridge is not finite"),
+    ],
+)
+@pytest.mark.parametrize("recorded", [False, True])
+def test_values_of_any_kind_are_refused_by_name(change, words, recorded):
+    with pytest.raises(FileError, match=words):
+        parse_recipe({**SMALLEST, **change}, "x", recorded=recorded)
+
+
+def test_bottomless_json_is_refused(tmp_path):
+    path = tmp_path / "recipe.json"
+    path.write_text("[" * 200_000)
+    with pytest.raises(FileError, match="no JSON"):
+        read_recipe(path)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +214,25 @@ def test_what_no_file_holds_is_refused():
     assert parse_recipe({**SMALLEST, "calibration": {"settings": settings | {"latent_fill": 0.0}}}, "x", recorded=True)
 
 
+def test_calibrations_that_no_run_gives_are_refused(tmp_path):
+    """As the real ones describe themselves, not as other versions' unknown settings."""
+    tasks, calibration = tasks_and_calibration()
+    seeds = [replace(calibration, settings={"seed": seed}) for seed in (0, 1)]
+    recorded, shares = (
+        recorded_tasks(2),
+        record_all(tmp_path, Attention(), recorded_tasks(2), [[tokens(0)], [tokens(1)]]),
+    )
+    for used, made, words in (
+        (tasks, combine(seeds), "combined or reweighted"),
+        (tasks, combine(seeds[:1], [0.5]), "combined or reweighted"),
+        (recorded, from_records(recorded, shares[0]), "from records"),
+    ):
+        text = merge_metadata(used, SSRMerge(), made)["ssr_merge"]
+        with pytest.raises(FileError, match=words) as found:
+            parse_recipe(json.loads(text), "merged.safetensors", recorded=True)
+        assert "merged.safetensors" in str(found.value) and "calibration.file" in str(found.value)
+
+
 def test_methods_without_calibration_run_no_pass():
     assert parse_recipe({**SMALLEST, "method": "sum"}, "x").settings is None
     assert parse_recipe({**SMALLEST, "method": "sum"}, "x").method == SumMerge()
@@ -202,3 +265,18 @@ def test_the_commands_example_is_right():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert parse_recipe(module.EXAMPLE, "example").compress == CompressOptions("share", 0.5)
+    settings = module.EXAMPLE["calibration"]["settings"]
+    assert settings == {name: PASS_DEFAULTS[name] for name in settings}
+
+
+def test_nodes_and_recipes_have_the_same_defaults():
+    """The nodes' source, for its import needs ComfyUI: an input's default is the shared one, by name or by value."""
+    found = {}
+    for call in ast.walk(ast.parse((ROOT / "nodes" / "inputs.py").read_text(encoding="utf-8"))):
+        if isinstance(call, ast.Call) and call.args and isinstance(call.args[0], ast.Constant):
+            default = next((word.value for word in call.keywords if word.arg == "default"), None)
+            if default is not None and call.args[0].value in PASS_DEFAULTS:
+                found[call.args[0].value] = eval(ast.unparse(default), {"PASS_DEFAULTS": PASS_DEFAULTS})
+    assert found == PASS_DEFAULTS
+    work = (ROOT / "headless" / "work.py").read_text(encoding="utf-8")
+    assert "**PASS_DEFAULTS" in work and "DEFAULTS:" not in work

@@ -1,5 +1,6 @@
 """Record files: lazily read, half precision, and whatever happens to them refused by name or unchanged."""
 
+import hashlib
 import json
 import random
 import subprocess
@@ -12,7 +13,18 @@ import torch
 from recording import Attention, identity_of, record_all, recorded_tasks, tokens
 from safetensors.torch import load_file, save_file
 
-from ssr_core import ConvertOptions, FileError, RecordOptions, Target, open_record, read_safetensors, save_record
+from ssr_core import (
+    ConvertOptions,
+    FileError,
+    IncompatibleError,
+    RecordOptions,
+    Share,
+    Target,
+    from_records,
+    open_record,
+    read_safetensors,
+    save_record,
+)
 from ssr_core.signals import record_io
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,6 +132,76 @@ def test_a_future_version_is_refused(saved):
 def test_a_header_that_somebody_edited_is_refused(saved):
     with pytest.raises(FileError, match="header was changed"):
         open_record(rewritten(saved, lambda h: h.update(model="mine")))
+
+
+def resealed(path, change, **tensors):
+    """As `rewritten`, by somebody who knows how headers are sealed."""
+    known, metadata = read_safetensors(path)
+    header = json.loads(metadata[record_io.FORMAT].partition(" ")[2])
+    change(header)
+    for name, value in tensors.items():
+        index, part = name.removeprefix("t").split("_")
+        known[f"{index}.{part}"] = value
+        header["factors"][int(index)]["crc32"][part] = record_io._crc(value)
+    text = json.dumps(header)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    save_file(known, path, {record_io.FORMAT: f"{digest} {text}"})
+    return path
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h: h["factors"][0].update(layers=[1]),
+        lambda h: h["factors"][0].update(layers=[["model", 3]]),
+        lambda h: h["factors"][0].update(layers=[["nowhere", "q"]]),
+        lambda h: h["factors"][0].update(layers={"a": 1}),
+        lambda h: h["factors"][0].update(trace="1.5"),
+        lambda h: h["factors"][0].update(tokens=True),
+        lambda h: h["factors"][0].update(own=-1),
+        lambda h: h["factors"][0].update(own=1.5),
+        lambda h: h["factors"][0].update(nonfinite="0"),
+        lambda h: h["factors"][0].update(bfloat16="no"),
+        lambda h: h["factors"][0]["crc32"].update(norms="1"),
+        lambda h: h.update(settings=[1]),
+        lambda h: h.update(model=3),
+        lambda h: h.update(text_encoder=None),
+        lambda h: h["task"].update(strength_model="1"),
+        lambda h: h["task"].update(prompts="ab"),
+        lambda h: h["task"].update(prompts=[1]),
+        lambda h: h["task"].update(name=None),
+        lambda h: h["task"].update(convert_options={"max_rank": "8", "tolerance": 0.1, "rest": "drop"}),
+        lambda h: h["options"].update(columns="64"),
+        lambda h: h["options"].update(columns=0),
+        lambda h: h["options"].update(budget_mb="1"),
+    ],
+)
+def test_headers_of_another_shape_are_refused(saved, change):
+    with pytest.raises(FileError, match="the record is damaged") as found:
+        open_record(resealed(saved, change))
+    assert saved.name in str(found.value)
+
+
+def test_samples_that_weigh_less_than_nothing_are_refused(saved):
+    stored = load_file(saved)
+    for part in ("weights", "scales", "norms"):
+        resealed(saved, lambda h: None, **{f"t0_{part}": -stored[f"0.{part}"]})
+        with pytest.raises(FileError, match="values are damaged"):
+            open_record(saved).layers()
+        resealed(saved, lambda h: None, **{f"t0_{part}": stored[f"0.{part}"]})
+    open_record(saved).layers()
+
+
+def test_a_factor_of_another_width_is_refused(tmp_path):
+    tasks = recorded_tasks(2)
+    shares, _ = record_all(tmp_path, Attention(), tasks, [[tokens(0)], [tokens(1)]])
+    path = shares[0][0].record.path
+    stored = load_file(path)
+    cut = {f"t0_{part}": stored[f"0.{part}"][..., :40, :].contiguous() for part in ("columns",)}
+    resealed(path, lambda h: None, **cut, t0_rows=stored["0.rows"][:, :40].contiguous())
+    with pytest.raises(IncompatibleError, match="inputs of 40 features here, the LoRAs read 60") as found:
+        from_records(tasks, [[Share(open_record(path))], shares[1]])
+    assert path.name in str(found.value)
 
 
 def test_foreign_files_are_refused(tmp_path):

@@ -208,3 +208,22 @@ def test_cancel_reaches_the_caller(world):
 
     with pytest.raises(KeyboardInterrupt):
         from_records(tasks, shares, tick=tick)
+
+
+@pytest.mark.parametrize(
+    ("encoders", "fit"),
+    [(("", "a", ""), True), (("", "a", "a"), True), (("", "a", "b"), False), (("a", "", "b"), False)],
+)
+def test_text_encoders_are_compared_whichever_record_names_one_first(tmp_path, encoders, fit):
+    """A record of a CONDITIONING names none and fits any; two that name others never fit."""
+    tasks = recorded_tasks(3)
+    shares, _ = record_all(tmp_path, Attention(), tasks, [[tokens(k)] for k in range(3)])
+    given = []
+    for (share,), encoder in zip(shares, encoders, strict=True):
+        identity = replace(share.record.identity, text_encoder=encoder)
+        given.append([replace(share, record=replace(share.record, identity=identity))])
+    if fit:
+        assert len(from_records(tasks, given).tasks) == 3
+    else:
+        with pytest.raises(IncompatibleError, match="text encoder"):
+            from_records(tasks, given)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recording import Attention, exact_calibration, record_all, recorded_tasks, smallest_eigenvalue, tokens
 
-from ssr_core import IncompatibleError, RecordOptions, extend, from_records, keep, without
+from ssr_core import IncompatibleError, RecordOptions, combine, extend, from_records, keep, without
 from ssr_core.updates import _completed
 
 
@@ -69,6 +69,26 @@ def test_completion_is_the_truth_where_the_estimate_is_and_stays_positive(seed, 
     assert rel(*weights) < 1e-9
     left = [m[rest][:, rest] - w @ m[rows][:, rows] @ w.T for m, w in zip((mixed, guess), weights, strict=True)]
     assert rel(*left) < 1e-9  # and so is what they leave over
+
+
+@pytest.mark.parametrize("weight", [0.25, 3.0])
+def test_a_calibration_whose_tokens_count_otherwise_is_extended_alike(tmp_path, weight):
+    """Twice the tokens, twice the Gram: the new rows as well, and not the records' own weight there."""
+    model, tasks = Attention(), recorded_tasks(3)
+    inputs = [[tokens(k)] for k in range(3)]
+    old = replace(exact_calibration(model, tasks[:2], inputs[:2]), model="model-id")
+    heavy = combine([old], [weight])
+    guess = from_records(tasks, record_all(tmp_path, model, tasks, inputs, RecordOptions(columns=6, exact_limit=0))[0])
+    plain, found = extend(old, guess), extend(heavy, guess)
+    for target, stats in plain.stats.items():
+        for k in range(2):
+            share = float(old.stats[target].tokens[k] / guess.stats[target].tokens[k])
+            s, e = old.stats[target].gram[k].double(), guess.stats[target].gram[k].double() * share * weight
+            a = e[6:, :6] @ torch.linalg.pinv(e[:6, :6], hermitian=True, rtol=1e-7)
+            closed = a @ (weight * s) @ a.T + e[6:, 6:] - a @ e[:6, :6] @ a.T
+            assert rel(found.stats[target].gram[k][6:, 6:], closed) < 1e-9
+            assert rel(found.stats[target].gram[k], weight * stats.gram[k]) < 1e-9
+            assert float(found.stats[target].tokens[k]) == weight * float(stats.tokens[k])
 
 
 def test_what_cannot_be_extended_is_refused(tmp_path):

@@ -1,0 +1,41 @@
+"""Samples of combined runs: whole while they are summed, bounded where they are solved with."""
+
+import torch
+from helpers import randn, rel
+
+from ssr_core import InputSample, SampleOptions
+from ssr_core.refinement import refine
+from ssr_core.sampling import bounded, joined
+
+MOST = SampleOptions().most
+
+
+def sample(seed, count, width=6):
+    return InputSample(randn(seed, count, width), 1.0 + 4 * randn(seed + 50, count).abs().double())
+
+
+def moment(one):
+    return (one.rows * one.weights[:, None]).T @ one.rows / one.weights.sum()
+
+
+def test_what_fits_is_untouched_and_what_does_not_stands_for_all():
+    small, large = sample(0, 40), sample(1, 3 * MOST)
+    found = bounded([small, large])
+    assert found[0] is small and len(found[1].rows) == MOST // 2
+    assert abs(float(found[1].weights.sum() / large.weights.sum()) - 1) < 1e-12
+    assert rel(moment(found[1]), moment(large)) < 0.15  # the sampling error of 640 tokens
+
+
+def test_bounds_do_not_depend_on_the_order_of_the_runs():
+    runs = [(sample(seed, MOST), 1.0 + seed) for seed in range(3)]
+    one = bounded([joined(runs)])[0]
+    nested = bounded([joined([(joined(runs[1:]), 1.0), runs[0]])])[0]
+    assert torch.equal(one.rows, nested.rows) and rel(one.weights, nested.weights) < 1e-12
+
+
+def test_refinement_solves_with_no_more_than_the_bound():
+    samples = [sample(seed, 2 * MOST) for seed in range(2)]
+    basis, router, gram = randn(7, 4, 6), 0.5 * torch.eye(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
+    found = refine(samples, basis, (2, 2), router, gram)
+    expected = refine(bounded(samples), basis, (2, 2), router, gram)
+    assert torch.equal(found.down, expected.down) and found.left_out == expected.left_out
