@@ -136,7 +136,7 @@ class MergeGraph(Graph):
     def join(self, kind: str, loras: Sequence[Node], **options: Any) -> Node:
         """SSR Merge or SSR Calibrate of these SSR LoRA nodes."""
         sockets = {f"loras.lora{index}": node for index, node in enumerate(loras)}
-        return self.pack(kind, {"seed": SEED, "width": SIZE, "height": SIZE} | sockets | options)
+        return self.pack(kind, {"seed": SEED, "steps": 1, "width": SIZE, "height": SIZE} | sockets | options)
 
     def save(self, merged: Node, prefix: str, style: str = "comfy") -> Node:
         """SSR Save LoRA behind SSR Merge's third output."""
