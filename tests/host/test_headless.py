@@ -187,7 +187,8 @@ def test_ctrl_c_leaves_nothing(checkout, base, node_file, tmp_path):
     _wait_for_progress(process)
     process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=120)[1]
-    assert process.returncode == 130, err
+    # CPython ends by the signal itself where it arrived inside an exec of text; shells say 130 then too
+    assert process.returncode in (130, -signal.SIGINT), err
     assert "interrupted; no file is half-written" in err
     assert list(tmp_path.iterdir()) == [recipe]
 
