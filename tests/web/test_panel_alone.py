@@ -234,6 +234,15 @@ PICK = """async (names) => {
 }"""
 
 
+def test_what_is_typed_before_the_files_are_known_counts(page):
+    page.evaluate(PICK.replace("picker({names", "picker({names: new Promise((r) => { window.arrive = r; })"), [])
+    page.keyboard.type("do")
+    page.keyboard.press("Enter")
+    page.evaluate("() => arrive(['cat.safetensors', 'dog.safetensors'])")
+    page.keyboard.press("Enter")
+    assert page.evaluate("() => picked") == ["dog.safetensors"]
+
+
 def test_the_picker_by_keyboard(page):
     page.evaluate(
         PICK, [f"many/file{i}.safetensors" for i in range(400)] + ["x/dog.safetensors", f"{NASTY}.safetensors"]

@@ -25,9 +25,9 @@ export function lorasView(node, words, host) {
   const view = h("div", {}, ...(rows.length ? rows : [h("p", { class: "ssr-hint" }, words.noLoras)]));
   if (!canGrow(node)) return view;
   const add = h("button", { type: "button" }, `+ ${words.add}`);
-  add.addEventListener("click", async () => {
+  add.addEventListener("click", () => {
     const list = picker({
-      names: await host.files(),
+      names: host.files(),
       words,
       onPick: (name) => change(() => addLoRA(node, name, host.createNode)),
       onClose: host.redraw,

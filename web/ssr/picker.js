@@ -17,12 +17,13 @@ export function findNames(names, search) {
 
 /**
  * @param {object} options
- * @param {string[]} options.names
+ * @param {string[]|Promise<string[]>} options.names may come later: the search has the focus already
  * @param {object} options.words
  * @param {(name: string) => void} options.onPick
  * @param {() => void} options.onClose
  */
 export function picker({ names, words, onPick, onClose }) {
+  let all = null;
   let shown = [];
   let current = -1;
   const list = h("ul", { class: "ssr-list", role: "listbox", id: freshId("files"), "aria-label": words.find });
@@ -33,9 +34,9 @@ export function picker({ names, words, onPick, onClose }) {
   const close = h("button", { type: "button", "aria-label": "×", on: { click: onClose } }, "×");
   const choose = chooser(list, (index) => (current = index));
   const fill = () => {
-    shown = findNames(names, search.value);
+    shown = findNames(all ?? [], search.value);
     const options = shown.slice(0, SHOWN).map((name) => h("li", { role: "option", id: freshId("file"), title: name }, h("span", { class: "ssr-name" }, name)));
-    const hint = shown.length ? (shown.length > SHOWN ? words.more(shown.length - SHOWN) : "") : words.noFile;
+    const hint = shown.length > SHOWN ? words.more(shown.length - SHOWN) : shown.length || !all ? "" : words.noFile;
     list.replaceChildren(...options, ...(hint ? [h("li", { class: "ssr-hint", role: "presentation" }, hint)] : []));
     current = -1;
     choose(shown.length ? 0 : -1);
@@ -52,7 +53,10 @@ export function picker({ names, words, onPick, onClose }) {
   list.addEventListener("click", (event) => {
     if (event.target.closest("[role=option]") && current >= 0) onPick(shown[current]);
   });
-  fill();
+  Promise.resolve(names).then((found) => {
+    all = found;
+    fill();
+  });
   const element = h("div", { class: "ssr-picker" }, h("div", { class: "ssr-row" }, search, close), list);
   return { element, focus: () => search.focus({ preventScroll: true }) };
 }
