@@ -62,7 +62,7 @@ def inputs_of(model: StubTransformer, tasks: Sequence[Task], seeds: Sequence[int
     for index, prompt in enumerate(PROMPTS):
         rows: dict[str, list[Tensor]] = {}
         for seed in seeds:
-            tap = Tap(build_stacks(tasks), index, "include")
+            tap = Tap(build_stacks(tasks), (index,), "include")
             with tap.attached(model), layer_inputs(model) as inputs:
                 model(noise(seed), SIGMA, [prompt])
             for path, x in inputs.items():

@@ -121,6 +121,30 @@ def sample_input() -> io.Int.Input:
     )
 
 
+def scene_inputs() -> list[io.Input]:
+    """Prompts of several LoRAs or none; they came later, so they stand last in their nodes."""
+    return [
+        io.String.Input(
+            "joint_prompts",
+            multiline=True,
+            default="",
+            optional=True,
+            tooltip="Prompts that show several of the LoRAs in one picture (two subjects, a subject in a style), one a "
+            "line, as you will use them. Without one, routing keeps one LoRA there and mutes the others. All LoRAs act "
+            "under such a prompt; [alice, bob] before it names some, by file name or number. Each takes one more pass.",
+        ),
+        io.String.Input(
+            "neutral_prompts",
+            multiline=True,
+            default="",
+            optional=True,
+            advanced=True,
+            tooltip="Prompts that show none of the LoRAs, one a line: there the model should stay as it is. One or two "
+            "lower what the merge does to other pictures, and cost a little of each LoRA. Each takes one more pass.",
+        ),
+    ]
+
+
 def solve_inputs() -> list[io.Input]:
     """Advanced settings of the solve."""
     return [

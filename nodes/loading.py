@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -186,19 +187,21 @@ def _host_patched(
         raise IncompatibleError(err.what, file=task.name, remedy=err.remedy) from err
 
 
-def alone(loaded: Loaded, index: int, part: Part, owner: Any, core_keys: Mapping[str, Any]) -> Any:
-    """MODEL or CLIP with what hooks cannot apply of one LoRA.
+def acting_on(loaded: Loaded, indices: Sequence[int], part: Part, owner: Any, core_keys: Mapping[str, Any]) -> Any:
+    """MODEL or CLIP with what hooks cannot apply of some LoRAs.
 
-    That is: its biases and norms, layers that the model reads without calling them, keys that are not
-    low-rank, and what conversion cut off.
+    That is: their biases and norms, layers that the model reads without calling them, keys that are not
+    low-rank, and what conversion cut off; in the order in which a merge applies them.
     """
-    task = loaded.tasks[index]
-    strength = task.strength(part)
-    vectors = {key: value for key, value in task.adapter.vectors.items() if key[0].part == part}
-    untapped = {t: layer for t, layer in task.adapter.layers.items() if t in task.adapter.untapped and t.part == part}
-    if vectors and strength != 0:
-        owner = patches.with_vectors(owner, vectors, strength)
-    if untapped and strength != 0:
-        owner = patches.with_layers(owner, untapped, strength)
-    owner = pass_through(loaded, index, part, owner, core_keys)
-    return rest(loaded, index, part, owner, core_keys)
+    for apply in (partial(rest, reading=True), partial(rest, reading=False), pass_through):
+        for index in indices:
+            owner = apply(loaded, index, part, owner, core_keys)
+    for task in (loaded.tasks[index] for index in indices):
+        strength, adapter = task.strength(part), task.adapter
+        vectors = {key: value for key, value in adapter.vectors.items() if key[0].part == part}
+        untapped = {t: layer for t, layer in adapter.layers.items() if t in adapter.untapped and t.part == part}
+        if vectors and strength != 0:
+            owner = patches.with_vectors(owner, vectors, strength)
+        if untapped and strength != 0:
+            owner = patches.with_layers(owner, untapped, strength)
+    return owner

@@ -18,6 +18,7 @@ from .inputs import (
     merge_outputs,
     optional_calibration_inputs,
     sample_input,
+    scene_inputs,
     solve_inputs,
 )
 from .loading import load
@@ -56,6 +57,7 @@ class SSRMergeNode(io.ComfyNode):
                 *_calibration_sockets(),
                 *solve_inputs(),
                 sample_input(),
+                *scene_inputs(),
             ],
             outputs=[
                 *merge_outputs(),
@@ -92,7 +94,7 @@ class SSRCalibrate(io.ComfyNode):
             description="Runs the calibration passes of SSR Merge once. SSR Solve then merges from them in a second, at "
             "any strength and ridge, with any subset of the LoRAs.",
             search_aliases=[*_ALIASES, "calibration"],
-            inputs=[*_calibration_sockets(), sample_input()],
+            inputs=[*_calibration_sockets(), sample_input(), *scene_inputs()],
             outputs=[
                 SSR_CALIBRATION.Output(display_name="CALIBRATION", tooltip="For SSR Solve and SSR Save Calibration."),
                 io.String.Output(display_name="report", tooltip="What each pass saw."),

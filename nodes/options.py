@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -45,6 +45,8 @@ class CalibrationOptions:
     latent: Mapping[str, Any] | None = field(default=None, repr=False)
     sigmas: Tensor | None = field(default=None, repr=False)
     sample: SampleOptions | None = None
+    joint_prompts: tuple[str, ...] = ()
+    neutral_prompts: tuple[str, ...] = ()
 
     def latent_for(self, model: Any) -> Tensor:
         """The connected LATENT, or an empty one of the chosen size."""
@@ -77,6 +79,8 @@ class CalibrationOptions:
             "latent_fill": None if self.latent is None else _one_value(self.latent["samples"]),
             "custom_sigmas": self.sigmas is not None,
             "sampled_tokens": 0 if self.sample is None else self.sample.tokens,
+            "joint_prompts": list(self.joint_prompts),
+            "neutral_prompts": list(self.neutral_prompts),
         }
 
 
@@ -117,7 +121,15 @@ def calibration_options(values: Mapping[str, Any]) -> CalibrationOptions:
         latent=values.get("latent"),
         sigmas=values.get("sigmas"),
         sample=_sample_options(values),
+        joint_prompts=_lines(values.get("joint_prompts", "")),
+        neutral_prompts=_lines(values.get("neutral_prompts", "")),
     )
+
+
+def _lines(given: str | Sequence[str]) -> tuple[str, ...]:
+    """Prompts, one a line: a node's text, or a recipe's list."""
+    lines = given.splitlines() if isinstance(given, str) else given
+    return tuple(line.strip() for line in lines if line.strip())
 
 
 def _sample_options(values: Mapping[str, Any]) -> SampleOptions | None:

@@ -1,4 +1,4 @@
-"""The calibration passes: each LoRA alone, with its own prompts, on the same noise."""
+"""The calibration passes: each LoRA alone with its own prompts, then joint and neutral prompts, on the same noise."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from ..ssr_core import (
     LayerStack,
     MemoryBudgetError,
     Ranks,
+    Scene,
     TextRows,
     assemble,
     build_stacks,
     check_memory,
     memory_need,
+    parse_scenes,
 )
 from . import host
 from .entries import LoRAEntry
-from .loading import Loaded, alone
+from .loading import Loaded, acting_on
 from .model_info import joint_text, model_identity, root_of
 from .options import CalibrationOptions
 
@@ -41,7 +43,7 @@ def calibrate(
     progress: host.Progress,
     ranks: Ranks | None = None,
 ) -> Calibration:
-    """One short sampling pass for each LoRA and prompt, that LoRA alone, the same noise for all.
+    """One short sampling pass for each LoRA and prompt, that LoRA alone, and for each scene; the same noise for all.
 
     Args:
         loaded: The LoRAs.
@@ -53,23 +55,27 @@ def calibrate(
 
     Raises:
         CalibrationError: A pass failed, or a LoRA has neither prompt nor CONDITIONING.
+        IncompatibleError: A joint prompt names a LoRA that is not there.
         MemoryBudgetError: The statistics would not fit.
     """
+    scenes = parse_scenes(options.joint_prompts, options.neutral_prompts, [task.name for task in loaded.tasks])
     stacks, ranks = build_stacks(loaded.tasks), ranks or Ranks()
     shared = any(len(stack.blocks) > 1 for stack in stacks)
     # memory may be short for one process alone: all of them have to keep the same
-    held_out = ranks.least(_held_out_within_budget(stacks, model, options) if shared else HELD_OUT)
+    held_out = ranks.least(_held_out_within_budget(stacks, model, options, len(scenes)) if shared else HELD_OUT)
     parts = [
-        Calibrator([s for s in stacks if s.target.part == part], options.padding, options.sample, held_out)
+        Calibrator([s for s in stacks if s.target.part == part], options.padding, options.sample, held_out, scenes)
         for part in ("model", "clip")
     ]
     settings = {**options.settings(), "held_out": held_out}
     if shared:
-        counts = [count_passes(entry) for entry in loaded.entries]
+        counts = [count_passes(entry) for entry in loaded.entries] + [1] * len(scenes)
         shares = ranks.shares(counts, whole=options.sample is not None)
-        passes = Passes(loaded, model, clip, options, progress, shares)
+        passes = Passes(loaded, model, clip, options, progress, shares, scenes)
         for index in range(len(loaded.tasks)):
             passes.run(index, *parts)
+        for number in range(len(scenes)):
+            passes.run_scene(number, *parts)
         settings = {**settings, "sigmas": passes.sigmas[:-1].tolist(), "latent": list(passes.latent.shape)}
     return assemble(loaded.tasks, parts, model=model_identity(model), settings=settings, ranks=ranks)
 
@@ -79,13 +85,13 @@ def count_passes(entry: LoRAEntry) -> int:
     return 1 if entry.conditioning is not None else len(entry.prompts)
 
 
-def _held_out_within_budget(stacks: Sequence[LayerStack], model: Any, options: CalibrationOptions) -> int:
+def _held_out_within_budget(stacks: Sequence[LayerStack], model: Any, options: CalibrationOptions, scenes: int) -> int:
     """One token of how many is held out: none where that would not fit into memory; the report says so."""
     dtype, budgets = host.activation_dtype(model), host.memory_budgets(model.load_device, options.memory_budget_gb)
     try:
-        check_memory(memory_need(stacks, dtype, options.sample), *budgets)
+        check_memory(memory_need(stacks, dtype, options.sample, scenes=scenes), *budgets)
     except MemoryBudgetError:
-        check_memory(memory_need(stacks, dtype, options.sample, 0), *budgets)
+        check_memory(memory_need(stacks, dtype, options.sample, 0, scenes), *budgets)
         return 0
     return HELD_OUT
 
@@ -102,7 +108,7 @@ class Collector(Protocol):
 
 
 class Passes:
-    """Runs one LoRA's prompts through the text encoder and the diffusion model.
+    """Runs prompts through the text encoder and the diffusion model, with one LoRA or those of a scene.
 
     Args:
         loaded: The LoRAs.
@@ -110,7 +116,8 @@ class Passes:
         clip: Its CLIP.
         options: Noise, size, sigmas and so on.
         progress: Moves by steps.
-        shares: For each LoRA which of its prompts are run here; None for all of them.
+        shares: For each LoRA, then each scene, which of its prompts are run here; None for all of them.
+        scenes: Prompts of several LoRAs or none.
     """
 
     def __init__(
@@ -121,12 +128,16 @@ class Passes:
         options: CalibrationOptions,
         progress: host.Progress,
         shares: Sequence[Sequence[int]] | None = None,
+        scenes: Sequence[Scene] = (),
     ) -> None:
         self.loaded, self.model, self.clip, self.options, self.progress = loaded, model, clip, options, progress
         self.latent, self.sigmas = options.latent_for(model), options.sigmas_for(model)
         self.noise = host.shared_noise(self.latent, options.seed)
         self.core_keys = host.core_key_map(model, clip)
-        self.shares = shares or [range(count_passes(entry)) for entry in loaded.entries]
+        self.scenes = scenes
+        self.shares = shares or [range(count_passes(entry)) for entry in loaded.entries] + [range(1)] * len(scenes)
+        labels = [f"{scene.label} {number}" for number, scene in enumerate(scenes, 1)]
+        self.names = (*(task.name for task in loaded.tasks), *labels)
         passes = sum(map(len, self.shares))
         progress.stage(progress.reached, CALIBRATION_SHARE, passes * (len(self.sigmas) - 1))
 
@@ -135,45 +146,59 @@ class Passes:
         entry = self.loaded.entries[index]
         if not self.shares[index]:
             return
-        with ExitStack() as stack, _named_out_of_memory(entry.name):
-            prepared = self._encode(index, entry, clip_calibrator, stack)
-            tap = stack.enter_context(model_calibrator.task(index))
-            if not tap.paths:  # a LoRA of the text encoder only
-                return
-            model = alone(self.loaded, index, "model", self.model, self.core_keys[0])
-            tap.prepare(model.load_device, host.activation_dtype(model))
-            names = tuple(task.name for task in self.loaded.tasks)
-            for number, (conditioning, rows) in enumerate(prepared):
-                host.check_cancel()
-                steps = len(self.sigmas) - 1
-                self.progress.doing(host.Activity("calibrate", names, index, number, len(prepared), steps))
-                tap.describe_text(rows)
-                host.run_calibration_pass(
-                    model,
-                    conditioning,
-                    tap,
-                    noise=self.noise,
-                    latent=self.latent,
-                    sigmas=self.sigmas,
-                    seed=self.options.seed,
-                    on_step=lambda step, x0: self.progress.step(1, x0),
-                )
-
-    def _encode(self, index: int, entry: LoRAEntry, calibrator: Collector, stack: ExitStack) -> _Prepared:
-        """Conditionings of one LoRA, with its text-encoder adapter active while they are made."""
+        # of a CONDITIONING there is one pass, but every prompt beside it is read by the text encoder
         given = entry.conditioning
+        prompts = entry.prompts if given is not None else [entry.prompts[i] for i in self.shares[index]]
         ready: _Prepared = [] if given is None else [(given, _rows_of(given, [], self.model))]
-        if self.clip is None or (given is not None and not any(entry.prompts)):
-            if given is None:
+        with ExitStack() as stack, _named_out_of_memory(entry.name):
+            if self.clip is not None and (given is None or any(prompts)):
+                encoded = self._encode((index,), prompts, stack.enter_context(clip_calibrator.task(index)))
+                ready = ready or encoded
+            elif given is None:
                 raise CalibrationError(
                     "its prompts need a CLIP.", file=entry.name, remedy="connect CLIP, or a CONDITIONING to SSR LoRA."
                 )
-            return ready
-        tap = stack.enter_context(calibrator.task(index))
-        clip = alone(self.loaded, index, "clip", self.clip, self.core_keys[1])
+            self._sample(index, (index,), ready, stack.enter_context(model_calibrator.task(index)))
+
+    def run_scene(self, number: int, model_calibrator: Calibrator, clip_calibrator: Calibrator) -> None:
+        """The prompt of one scene, with its LoRAs active; its statistics count only if the pass succeeds."""
+        scene, place = self.scenes[number], len(self.loaded.tasks) + number
+        if not self.shares[place]:
+            return
+        if self.clip is None:
+            raise CalibrationError(f"the {scene.label} {scene.prompt!r} needs a CLIP.", remedy="connect CLIP.")
+        with ExitStack() as stack, _named_out_of_memory(self.names[place]):
+            tap = stack.enter_context(clip_calibrator.scene(number))
+            prepared = self._encode(scene.tasks, [scene.prompt], tap)
+            self._sample(place, scene.tasks, prepared, stack.enter_context(model_calibrator.scene(number)))
+
+    def _sample(self, place: int, acting: Sequence[int], prepared: _Prepared, tap: Any) -> None:
+        """Sample with each CONDITIONING; `place` is that of the LoRA or scene among all names."""
+        if not tap.paths:  # LoRAs of the text encoder only
+            return
+        model = acting_on(self.loaded, acting, "model", self.model, self.core_keys[0])
+        tap.prepare(model.load_device, host.activation_dtype(model))
+        steps = len(self.sigmas) - 1
+        for number, (conditioning, rows) in enumerate(prepared):
+            host.check_cancel()
+            self.progress.doing(host.Activity("calibrate", self.names, place, number, len(prepared), steps))
+            tap.describe_text(rows)
+            host.run_calibration_pass(
+                model,
+                conditioning,
+                tap,
+                noise=self.noise,
+                latent=self.latent,
+                sigmas=self.sigmas,
+                seed=self.options.seed,
+                on_step=lambda step, x0: self.progress.step(1, x0),
+            )
+
+    def _encode(self, acting: Sequence[int], prompts: Sequence[str], tap: Any) -> _Prepared:
+        """Conditionings of prompts, with the text-encoder adapters of some LoRAs active while they are made."""
+        clip = acting_on(self.loaded, acting, "clip", self.clip, self.core_keys[1])
         encoded: _Prepared = []
-        # of a CONDITIONING there is one pass, but every prompt beside it is read by the text encoder
-        for prompt in entry.prompts if given is not None else (entry.prompts[i] for i in self.shares[index]):
+        for prompt in prompts:
             host.check_cancel()
             with (
                 tap.attached(root_of("clip", clip)) as modules,
@@ -182,7 +207,7 @@ class Passes:
             ):
                 conditioning = host.encode(clip, prompt)
             encoded.append((conditioning, _rows_of(conditioning, masks, self.model)))
-        return ready or encoded
+        return encoded
 
 
 @contextmanager

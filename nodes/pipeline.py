@@ -208,8 +208,10 @@ def socket_of(calibration: Calibration, loaded: Loaded | None = None) -> Calibra
     tasks = () if loaded is None else loaded.tasks
     converted = tuple(task.adapter for task in tasks if task.adapter.conversions)
     tensors = [t for stats in calibration.stats.values() for t in (stats.gram, stats.tokens)]
-    rows = {id(one.rows): one.rows for stats in calibration.stats.values() for one in stats.samples or ()}
+    samples = [one for stats in calibration.stats.values() for one in stats.all_samples]
+    rows = {id(one.rows): one.rows for one in samples}
     tensors += rows.values()  # once, though the stacks of a module share them
+    tensors += [stats.scenes.packed for stats in calibration.stats.values() if stats.scenes is not None]
     tensors += [stats.held.packed for stats in calibration.stats.values() if stats.held is not None]
     tensors += [t for adapter in converted for layer in adapter.layers.values() for t in (layer.down, layer.up)]
     return CalibrationSocket(calibration, () if loaded is None else loaded.entries, tuple(tensors), converted)
@@ -237,5 +239,9 @@ def calibration_report(socket: CalibrationSocket) -> str:
             f"{max(tokens, default=0):.0f} tokens at most, {unseen} layers never ran. "
             f"Prompts: {' | '.join(record.prompts) or 'none'}"
         )
-    warnings = prompt_warnings([r.name for r in calibration.tasks], [r.prompts for r in calibration.tasks])
+    names = [record.name for record in calibration.tasks]
+    for scene in calibration.scenes:
+        who = " and ".join(names[task] for task in scene.tasks) or "no LoRA"
+        lines.append(f"- {scene.label.capitalize()}, {who} active: {scene.prompt}")
+    warnings = prompt_warnings(names, [r.prompts for r in calibration.tasks])
     return "\n".join([*lines, "", *(f"Warning: {warning}" for warning in warnings)]) + "\n"

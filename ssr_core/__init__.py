@@ -7,8 +7,9 @@ ComfyUI" shows the few calls that a merge takes.
 from .adapters import RESTS, Adapter, Conversion, ConvertOptions, DenseGroup, KeyRecord, LoRALayer, Rest
 from .advice import prompt_warnings
 from .again import largest_difference, rounding
-from .calibration import Calibration, Calibrator, assemble
+from .calibration import Calibration
 from .calibration_io import load_calibration, save_calibration
+from .calibrator import Calibrator, assemble
 from .combining import combine
 from .compact import compact_report
 from .compare import Comparison, compare
@@ -60,6 +61,7 @@ from .records import TaskRecord, records_of
 from .report import FileAccount, LayerReport, MergeReport
 from .router import ANCHORS, Anchor
 from .sampling import InputSample, SampleOptions
+from .scenes import Scene, SceneStats, parse_scenes
 from .signals.budget import MB
 from .signals.estimate import SMALL_RECORDS, SmallRecords, from_records
 from .signals.factor import InputFactor
@@ -121,8 +123,8 @@ __all__ = [
     "LIMITS",
     "LayerReport",
     "LayerStack",
-    "Listed",
     "Limit",
+    "Listed",
     "LoRALayer",
     "MB",
     "METHODS",
@@ -140,22 +142,24 @@ __all__ = [
     "Part",
     "REFIT_MODES",
     "RESTS",
+    "Ranks",
+    "Recipe",
     "RecordFile",
     "RecordIdentity",
     "RecordLibrary",
     "RecordOptions",
     "Recorder",
-    "Ranks",
-    "Recipe",
     "RefitMode",
     "RefitOptions",
     "RefitResult",
     "Rest",
-    "SMALL_RECORDS",
     "SCHEMA",
+    "SMALL_RECORDS",
     "SSRMerge",
     "SSRMergeError",
     "SampleOptions",
+    "Scene",
+    "SceneStats",
     "Share",
     "SharingError",
     "SmallRecords",
@@ -181,9 +185,9 @@ __all__ = [
     "check_unsupported",
     "clean",
     "combine",
+    "compact_report",
     "compare",
     "compress",
-    "compact_report",
     "content_hash",
     "convert",
     "converted_groups",
@@ -194,10 +198,10 @@ __all__ = [
     "header_metadata",
     "init_markdown",
     "input_layers",
+    "joined",
     "keep",
     "largest_difference",
     "listing_text",
-    "joined",
     "load_calibration",
     "memory_need",
     "merge",
@@ -209,6 +213,7 @@ __all__ = [
     "pack_path",
     "parse_method",
     "parse_recipe",
+    "parse_scenes",
     "plain_bytes",
     "prompt_warnings",
     "read_adapter",
@@ -222,10 +227,10 @@ __all__ = [
     "save_record",
     "tensors_hash",
     "to_tensors",
-    "unknown_share",
     "trigger_words",
+    "unknown_share",
     "whole_module",
-    "without",
     "with_recipe",
+    "without",
     "write_safetensors",
 ]

@@ -5,32 +5,38 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .adapters import RESTS, ConvertOptions
 from .calibration import Calibration
+from .calibration_tensors import (
+    read_sample,
+    read_scenes,
+    read_triangles,
+    sample_tensors,
+    scene_stats,
+    scene_tensors,
+)
 from .errors import CalibrationError, FileError
 from .files import atomic_path, json_text, read_safetensors, write_safetensors
-from .finite import all_finite
 from .gram import GramStats
 from .heldout import HeldOut
 from .records import TaskRecord
 from .sampling import InputSample
 from .targets import Target
-from .triangles import pack, packed_size, unpack
+from .triangles import pack, unpack
 from .triangles import places as places_of
 
 FORMAT = "ssr_calibration"
-VERSION = 2
-"""Of files with sampled inputs. Those without are written as version 1, which knows none: older releases read them.
+VERSION = 3
+"""Of files with joint or neutral prompts; those without are of version 2, those without sampled inputs of version 1.
 
-What was held out needs no version: releases that know nothing of it leave it aside, and the Grams and samples beside it
-hold all tokens.
+Older releases then read all that they know. What was held out needs no version: releases that know nothing of it leave
+it aside, and the Grams and samples beside it hold all tokens.
 """
 
 
@@ -52,10 +58,9 @@ def save_calibration(calibration: Calibration, path: Path, overwrite: bool = Fal
         tensors[f"{index}.nonfinite"] = stats.nonfinite
         module = modules.setdefault((target.part, target.module_path), index)
         for task, sample in zip(calibration.stack_tasks[target], stats.samples or (), strict=False):
-            tensors[f"{module}.sample.{task}.rows"] = sample.rows
-            tensors[f"{module}.sample.{task}.weights"] = sample.weights
-            if sample.held is not None:
-                tensors[f"{module}.sample.{task}.held"] = sample.held
+            tensors |= sample_tensors(f"{module}.sample.{task}", sample)
+        if stats.scenes is not None:
+            tensors |= scene_tensors(index, module, stats.scenes)
         if target in calibration.signatures:
             tensors[f"{index}.signature"] = calibration.signatures[target]
         stacks.append(
@@ -69,14 +74,22 @@ def save_calibration(calibration: Calibration, path: Path, overwrite: bool = Fal
             }
         )
     header = {
-        "version": 1 if all(stats.samples is None for stats in calibration.stats.values()) else VERSION,
+        "version": _version(calibration),
         "tasks": [asdict(record) for record in calibration.tasks],
+        "scenes": [asdict(scene) for scene in calibration.scenes],
         "stacks": stacks,
         "model": calibration.model,
         "settings": calibration.settings,
     }
     with atomic_path(path, overwrite) as temporary:
         write_safetensors(temporary, tensors, {FORMAT: json_text(header)})
+
+
+def _version(calibration: Calibration) -> int:
+    """The first that knows all that is in it."""
+    if calibration.scenes:
+        return VERSION
+    return 1 if all(stats.samples is None for stats in calibration.stats.values()) else 2
 
 
 def load_calibration(path: Path) -> Calibration:
@@ -111,18 +124,22 @@ def load_calibration(path: Path) -> Calibration:
         )
         if not all(math.isfinite(s) for t in tasks for s in (t.strength_model, t.strength_clip)):
             raise ValueError("a strength is not finite")
+        scenes = read_scenes(header.get("scenes", []), len(tasks))
         stats: dict[Target, GramStats] = {}
         stack_tasks: dict[Target, tuple[int, ...]] = {}
         signatures: dict[Target, Tensor] = {}
         places: dict[int, Tensor] = {}
         for index, stack in enumerate(header["stacks"]):
             target, members, one = _stack(index, stack, tensors, len(tasks), places)
+            if scenes:
+                one = replace(one, scenes=scene_stats(index, stack["samples"], scenes, members, tensors))
             stats[target], stack_tasks[target] = one, members
             if f"{index}.signature" in tensors:
                 signatures[target] = tensors[f"{index}.signature"].double()
                 if signatures[target].shape != (sum(one.ranks),):
                     raise ValueError(f"signature of {target}")
-        return Calibration(tasks, stats, stack_tasks, str(header["model"]), dict(header["settings"]), signatures)
+        settings = dict(header["settings"])
+        return Calibration(tasks, stats, stack_tasks, str(header["model"]), settings, signatures, scenes)
     except FileError:
         raise
     except (
@@ -162,10 +179,10 @@ def _stack(
     size = sum(ranks)
     if len(members) != len(ranks) or any(not 0 <= m < tasks for m in members) or not ranks or min(ranks) < 0:
         raise ValueError(f"layer {target}")
-    packed, tokens = _triangles(f"{index}.", tensors, len(ranks), size)
+    packed, tokens = read_triangles(f"{index}.", tensors, len(ranks), size)
     held = None
     if f"{index}.held_gram" in tensors:
-        held = HeldOut(*_triangles(f"{index}.held_", tensors, len(ranks), size))
+        held = HeldOut(*read_triangles(f"{index}.held_", tensors, len(ranks), size))
         if bool((held.tokens > tokens * (1 + 1e-5)).any()):
             raise ValueError(f"held-out token counts of {target}")
     if size not in places:  # most layers are of one rank
@@ -179,25 +196,4 @@ def _stack(
 
 def _samples(module: int, members: Sequence[int], tensors: dict[str, Tensor]) -> tuple[InputSample, ...]:
     """Sampled inputs of one module; stacks of its rows share them."""
-    found = []
-    for task in members:
-        rows, weights = (tensors[f"{module}.sample.{task}.{name}"] for name in ("rows", "weights"))
-        fits = rows.ndim == 2 and rows.is_floating_point() and weights.shape == rows.shape[:1] and len(rows) > 0
-        held = tensors.get(f"{module}.sample.{task}.held")
-        fits &= held is None or (held.shape == rows.shape[:1] and held.dtype == torch.bool)
-        if not fits or not all_finite(rows) or not all_finite(weights) or not bool((weights > 0).all()):
-            raise ValueError(f"sampled inputs {module}.{task}")
-        found.append(InputSample(rows, weights.double(), held))
-    return tuple(found)
-
-
-def _triangles(prefix: str, tensors: dict[str, Tensor], count: int, size: int) -> tuple[Tensor, Tensor]:
-    """(K, n (n + 1) / 2) Grams and their (K,) token counts."""
-    packed, tokens = tensors[prefix + "gram"], tensors[prefix + "tokens"].double()
-    if packed.shape != (count, packed_size(size)) or packed.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"Grams {prefix} have the shape {tuple(packed.shape)}")
-    if not all_finite(packed):
-        raise ValueError(f"Grams {prefix} are not finite")
-    if not bool(torch.isfinite(tokens).all()) or bool((tokens < 0).any()):
-        raise ValueError(f"token counts {prefix}")
-    return packed, tokens
+    return tuple(read_sample(f"{module}.sample.{task}", tensors) for task in members)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .calibration import SAME_BASIS, Calibration
 from .errors import IncompatibleError
@@ -19,6 +20,7 @@ from .gram import GramStats
 from .heldout import HeldOut
 from .records import TaskRecord
 from .sampling import InputSample, joined
+from .scenes import Scene, SceneStats
 from .targets import Target
 from .updates import keep
 
@@ -30,16 +32,33 @@ _AGAIN = "calibrate all of them with the same model, LoRAs and strengths."
 
 def scaled(stats: GramStats, weight: float) -> GramStats:
     """Statistics whose tokens count `weight` times, in float64."""
-    samples = None
-    if stats.samples is not None:  # a sample's weights add up to its run's tokens only on average
-        masses = [weight * float(count) for count in stats.tokens]
-        samples = tuple(
-            joined([(one, mass / float(one.weights.sum()))]) for one, mass in zip(stats.samples, masses, strict=True)
-        )
-    held = stats.held
+    held, scenes = stats.held, stats.scenes
     if held is not None:
         held = HeldOut(weight * held.packed.double(), weight * held.tokens)
-    return replace(stats, gram=weight * stats.gram.double(), tokens=weight * stats.tokens, samples=samples, held=held)
+    if scenes is not None:
+        scenes = replace(
+            scenes,
+            packed=weight * scenes.packed.double(),
+            tokens=weight * scenes.tokens,
+            samples=_scaled(scenes.samples, weight * scenes.tokens),
+        )
+    return replace(
+        stats,
+        gram=weight * stats.gram.double(),
+        tokens=weight * stats.tokens,
+        samples=_scaled(stats.samples, weight * stats.tokens),
+        held=held,
+        scenes=scenes,
+    )
+
+
+def _scaled(samples: Sequence[InputSample] | None, masses: Tensor) -> tuple[InputSample, ...] | None:
+    """Samples that stand for so many tokens: their weights add up to their run's only on average."""
+    if samples is None:
+        return None
+    return tuple(
+        joined([(one, mass / float(one.weights.sum()))]) for one, mass in zip(samples, masses.tolist(), strict=True)
+    )
 
 
 def combine(calibrations: Sequence[Calibration], weights: Sequence[float] | None = None) -> Calibration:
@@ -71,9 +90,12 @@ def combine(calibrations: Sequence[Calibration], weights: Sequence[float] | None
         _check_alike(first, one, number)
     runs = sorted((run for one, weight in parts for run in _runs(one, weight)), key=json_text)
     _check_once(runs)
-    stats = {
-        target: _sum([scaled(one.stats[target], weight) for one, weight in parts], target) for target in first.stats
-    }
+    scenes = tuple(sorted({scene for one, _ in parts for scene in one.scenes}, key=lambda s: (s.prompt, s.tasks)))
+    stats: dict[Target, GramStats] = {}
+    for target in first.stats:
+        found = [scaled(one.stats[target], weight) for one, weight in parts]
+        summed = _scenes([one.scenes for one, _ in parts], [one.scenes for one in found], scenes)
+        stats[target] = replace(_sum(found, target), scenes=summed)
     tasks = tuple(
         replace(
             record,
@@ -83,7 +105,7 @@ def combine(calibrations: Sequence[Calibration], weights: Sequence[float] | None
         for index, record in enumerate(first.tasks)
     )
     settings = {**_common([one.settings for one, _ in parts]), RUNS: runs}
-    return replace(first, tasks=tasks, stats=stats, settings=settings)
+    return replace(first, tasks=tasks, stats=stats, settings=settings, scenes=scenes)
 
 
 def _common_order(calibrations: Sequence[Calibration]) -> list[str] | None:
@@ -128,7 +150,7 @@ def _check_alike(first: Calibration, other: Calibration, number: int) -> None:
             )
 
 
-def _far(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
+def _far(mine: Tensor, theirs: Tensor) -> bool:
     return float((mine - theirs).norm()) > SAME_BASIS * float(mine.norm())
 
 
@@ -162,6 +184,38 @@ def _samples(parts: Sequence[GramStats]) -> tuple[InputSample, ...] | None:
     if not kept or len(kept) < len(seen):
         return None
     return tuple(joined([(one, 1.0) for one in mine]) for mine in zip(*kept, strict=True))
+
+
+def _scenes(
+    known: Sequence[Sequence[Scene]], parts: Sequence[SceneStats | None], scenes: Sequence[Scene]
+) -> SceneStats | None:
+    """All runs' scenes, those of equal prompt and LoRAs added up.
+
+    Args:
+        known: Scenes of each run.
+        parts: What each run saw of them at one stack.
+        scenes: Those of all runs, each once.
+    """
+    found = []
+    for scene in scenes:
+        places = [(mine.index(scene), part) for mine, part in zip(known, parts, strict=True) if part and scene in mine]
+        found.append([one for at, part in places if (one := part.choose([at])) is not None])
+    if not found:
+        return None
+    samples = [_joined([one.samples for one in runs if float(one.tokens) > 0]) for runs in found]
+    kept = tuple(one for one in samples if one is not None)
+    return SceneStats(
+        torch.cat([torch.stack([one.packed for one in runs]).sum(dim=0) for runs in found]),
+        torch.cat([torch.stack([one.tokens for one in runs]).sum(dim=0) for runs in found]),
+        torch.cat([runs[0].active for runs in found]),
+        kept if len(kept) == len(samples) else None,
+    )
+
+
+def _joined(runs: Sequence[tuple[InputSample, ...] | None]) -> InputSample | None:
+    """One scene's samples of all runs; None where a run that saw the layer kept none."""
+    kept = [one[0] for one in runs if one is not None]
+    return joined([(one, 1.0) for one in kept]) if kept and len(kept) == len(runs) else None
 
 
 def _union(prompts: Sequence[tuple[str, ...]]) -> tuple[str, ...]:

@@ -71,6 +71,32 @@ def routing_error(router: Tensor, grams: Tensor, ranks: Sequence[int], up_gram: 
     return RoutingError(torch.stack(errors).clamp_min(0), torch.stack(energies).clamp_min(0))
 
 
+def scene_errors(router: Tensor, grams: Tensor, selectors: Tensor, up_gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distance of a router M from the plain sum of the LoRAs that act in each scene.
+
+    Args:
+        router: (R, R + E).
+        grams: (J, R + E, R + E).
+        selectors: (J, R), 1 in the rows of the LoRAs that act.
+        up_gram: (R, R), `B^T B`.
+
+    Returns:
+        (J,) errors; and what they are to be compared with, (J,): the energy of that sum, or for a neutral
+        scene, where nobody should act, of the sum of all LoRAs.
+    """
+    size = len(up_gram)
+    wanted = torch.zeros(len(grams), *router.shape).to(router)
+    wanted[:, :, :size] = torch.diag_embed(selectors.to(router))
+    neutral = selectors.sum(dim=1) == 0
+    whole = wanted.clone()
+    whole[neutral, :, :size] = torch.eye(size).to(router)
+
+    def energy(change: Tensor) -> Tensor:
+        return ((up_gram @ change @ grams) * change).sum(dim=(1, 2)).clamp_min(0)
+
+    return energy(router - wanted), energy(whole)
+
+
 def crosstalk(router: Tensor, grams: Tensor, ranks: Sequence[int], up_gram: Tensor) -> Tensor:
     """Energy of branch j under task i, (K tasks, K branches); not normalised, so layers add up."""
     columns = []

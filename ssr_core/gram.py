@@ -11,6 +11,7 @@ from torch import Tensor
 from .errors import CalibrationError
 from .heldout import HELD_OUT, HeldOut, first_held
 from .sampling import InputSample
+from .scenes import SceneStats
 from .triangles import pack, packed_size
 
 
@@ -26,6 +27,7 @@ class GramStats:
         ranks: Rows that each block contributes to R.
         samples: Whole inputs of the layer, one sample for each block; None where none were kept.
         held: What of the Grams held-out tokens contributed; None where none were held out.
+        scenes: What passes with several LoRAs or none saw; None where there were no such passes.
     """
 
     gram: Tensor
@@ -34,12 +36,15 @@ class GramStats:
     ranks: tuple[int, ...]
     samples: tuple[InputSample, ...] | None = None
     held: HeldOut | None = None
+    scenes: SceneStats | None = None
 
     def __post_init__(self) -> None:
         k, r = len(self.ranks), sum(self.ranks)
         fits = self.gram.shape == (k, r, r) and self.tokens.shape == (k,) and self.nonfinite.shape == (k,)
         if self.held is not None:
             fits &= self.held.packed.shape == (k, packed_size(r)) and self.held.tokens.shape == (k,)
+        if self.scenes is not None:
+            fits &= self.scenes.fits(k, r)
         if not fits:
             raise CalibrationError(
                 f"statistics of shape {tuple(self.gram.shape)} do not belong to {k} LoRAs of ranks {self.ranks}."
@@ -51,6 +56,12 @@ class GramStats:
     def complete(self) -> bool:
         """Whether every task's pass reached the layer; without one of them a router would delete its LoRA."""
         return bool((self.tokens > 0).all())
+
+    @property
+    def all_samples(self) -> tuple[InputSample, ...]:
+        """Those of the blocks and those of the scenes."""
+        scenes = () if self.scenes is None else self.scenes.samples or ()
+        return (*(self.samples or ()), *scenes)
 
     def fitted(self) -> GramStats | None:
         """Statistics of the tokens that were not held out; None where nothing was, or nothing else is left."""
@@ -71,13 +82,19 @@ class GramStats:
         nothing, samples = torch.zeros_like(self.nonfinite), _parts(self.samples, held=True)
         return GramStats(self.held.gram, self.held.tokens, nothing, self.ranks, samples)
 
-    def subset(self, blocks: Sequence[int]) -> GramStats:
+    def subset(self, blocks: Sequence[int], scenes: Sequence[int] = ()) -> GramStats:
         """Statistics of some of the blocks, as if the others had never been there.
 
         The passes of the remaining tasks ran alone, so nothing of a dropped one is left in them.
+
+        Args:
+            blocks: Which stay, in their new order.
+            scenes: Which scenes stay: those in which no dropped LoRA acted, here or in another layer.
         """
+        known = 0 if self.scenes is None else len(self.scenes.active)
+        chosen = None if self.scenes is None else self.scenes.choose(scenes)
         if list(blocks) == list(range(len(self.ranks))):
-            return self
+            return self if list(scenes) == list(range(known)) else replace(self, scenes=chosen)
         starts = [sum(self.ranks[:i]) for i in range(len(self.ranks))]
         rows = [torch.arange(starts[b], starts[b] + self.ranks[b]) for b in blocks]
         index = torch.cat(rows)
@@ -86,7 +103,8 @@ class GramStats:
         ranks = tuple(self.ranks[b] for b in blocks)
         samples = None if self.samples is None else tuple(self.samples[b] for b in blocks)
         held = None if self.held is None else self.held.pick(picked, index)
-        return GramStats(gram, self.tokens[picked], self.nonfinite[picked], ranks, samples, held)
+        chosen = None if chosen is None else chosen.pick(picked, index)
+        return GramStats(gram, self.tokens[picked], self.nonfinite[picked], ranks, samples, held, chosen)
 
 
 def _parts(samples: Sequence[InputSample] | None, *, held: bool) -> tuple[InputSample, ...] | None:

@@ -7,11 +7,14 @@ from dataclasses import asdict
 
 from torch import nn
 
-from .calibration import Calibration, Calibrator, assemble
+from .calibration import Calibration
+from .calibrator import Calibrator, assemble
+from .errors import CalibrationError
 from .heldout import HELD_OUT
 from .padding import PaddingMode
 from .ranks import Ranks
 from .sampling import SampleOptions
+from .scenes import Scene
 from .stacks import LayerStack, Task
 from .taps import Tap
 
@@ -25,6 +28,8 @@ def calibrate(
     padding: PaddingMode = "balance",
     sample: SampleOptions | None = None,
     held_out: int = HELD_OUT,
+    scenes: Sequence[Scene] = (),
+    run_scene: Callable[[int, Tap], None] | None = None,
 ) -> Calibration:
     """Calibrate a plain PyTorch model (no ComfyUI).
 
@@ -39,6 +44,8 @@ def calibrate(
             routers then see the LoRAs' own coordinates only.
         held_out: One token of so many is held out, so that the report can judge by tokens that a router
             was not fitted on; 0 for none, which takes a third less memory.
+        scenes: Prompts of several LoRAs or none.
+        run_scene: Runs the model on scene j's prompt, as `run_pass` does on a task's.
 
     Returns:
         The calibration.
@@ -46,10 +53,15 @@ def calibrate(
     Raises:
         CalibrationError: A pass reached no layer of its LoRA, or a layer does not fit.
     """
-    calibrator = Calibrator(stacks, padding, sample, held_out)
+    calibrator = Calibrator(stacks, padding, sample, held_out, scenes)
     for index in range(len(tasks)):
         with calibrator.task(index) as tap, tap.attached(root):
             run_pass(index, tap)
+    for number in range(len(scenes)):
+        if run_scene is None:
+            raise CalibrationError("there are scenes, and nothing that runs them.", remedy="give run_scene as well.")
+        with calibrator.scene(number) as tap, tap.attached(root):
+            run_scene(number, tap)
     return assemble(tasks, [calibrator], settings=None if sample is None else {"sample": asdict(sample)})
 
 

@@ -155,7 +155,7 @@ class InputCollector:
             return None
         part = self.layers[0].target.part
         stacks = [one for one in build_stacks([self.tasks[index]]) if one.target.part == part and one.tapped]
-        return Tap(stacks, 0, self.padding) if stacks else None
+        return Tap(stacks, (0,), self.padding) if stacks else None
 
     def moments(self, index: int) -> Mapping[Target, InputMoments]:
         """Moments of one task by module; nothing if it was not gathered."""

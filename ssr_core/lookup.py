@@ -42,8 +42,7 @@ class Statistics:
     def bytes_to_solve(self, stack: LayerStack) -> int:
         """What solving a stack takes, with the sampled inputs of its statistics."""
         stats = None if self._calibration is None else self._calibration.stats.get(stack.origin or stack.target)
-        samples = () if stats is None or stats.samples is None else stats.samples
-        return bytes_to_solve(stack, sum(len(sample.rows) for sample in samples))
+        return bytes_to_solve(stack, 0 if stats is None else sum(len(sample.rows) for sample in stats.all_samples))
 
     def of(self, stack: LayerStack) -> GramStats | None:
         """Statistics of one stack, None without a calibration."""

@@ -32,7 +32,11 @@ class MemoryNeed:
 
 
 def memory_need(
-    stacks: Sequence[LayerStack], dtype: torch.dtype, sample: SampleOptions | None = None, held_out: int = HELD_OUT
+    stacks: Sequence[LayerStack],
+    dtype: torch.dtype,
+    sample: SampleOptions | None = None,
+    held_out: int = HELD_OUT,
+    scenes: int = 0,
 ) -> MemoryNeed:
     """Predict calibration's memory from shapes alone.
 
@@ -41,6 +45,7 @@ def memory_need(
         dtype: Of the activations; float16 ones are projected in float32.
         sample: Which whole inputs are kept, if any.
         held_out: One token of so many is held out; 0 for none.
+        scenes: Number of joint and neutral prompts.
     """
     itemsize = 4 if dtype == torch.float16 else dtype.itemsize
     device = host = 0
@@ -50,11 +55,13 @@ def memory_need(
     for stack in (stack for stack in stacks if stack.tapped):
         ranks = stack.rank_bounds
         rank, routed = sum(ranks), len(ranks) > 1
-        device += itemsize * (rank * stack.in_features + max(ranks) * stack.out_features)
+        acting = sum(ranks) if scenes else max(ranks)
+        device += itemsize * (rank * stack.in_features + acting * stack.out_features)
         host += 4 * rank * stack.in_features
         if routed:
             device += 4 * rank * rank * (2 if held_out else 1)
             host += 4 * len(ranks) * (rank * rank + (packed_size(rank) if held_out else 0))
+            host += 4 * scenes * rank * rank  # as they are gathered; they are packed in the end
         if routed and sample is not None:
             path = stack.target.module_path
             widths[path] = stack.in_features * dtype.itemsize
@@ -62,9 +69,9 @@ def memory_need(
             sharing[path] = max(sharing.get(path, 0), len(ranks))
     if sample is not None:
         for path, width in widths.items():
-            tokens = sample.shared_by(sharing[path]).tokens
+            tokens = sample.shared_by(sharing[path] + scenes).tokens
             device += (tokens + 1) * width
-            host += len(sampled[path]) * tokens * width
+            host += (len(sampled[path]) + scenes) * tokens * width
     return MemoryNeed(device, host)
 
 

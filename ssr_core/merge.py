@@ -23,7 +23,7 @@ from .memory import layers_at_once
 from .methods import MergedFactors, MergeMethod, RoleMethod, routes
 from .report import LayerReport, MergeReport
 from .stacks import LayerStack, Task, build_stacks
-from .suggestions import suggestions
+from .suggestions import suggestions, together
 from .targets import Target
 
 Unsupported = Literal["refuse", "pass_through"]
@@ -133,7 +133,8 @@ def merge(
         apart={pair: median(values) for pair, values in apart.items()},
     )
     settings = {} if calibration is None else calibration.settings
-    report = replace(report, advice=tuple(suggestions(report, settings, routes(method))))
+    routed = routes(method)
+    report = replace(report, advice=(*suggestions(report, settings, routed), *together(report, calibration, routed)))
     return MergeResult(*_one_change_each(layers, _sum_vectors(tasks, out_dtype)), report)
 
 

@@ -88,7 +88,7 @@ class Ranks:
             parts = total.split([value.numel() for _, _, value in bucket])
             for (target, name, value), part in zip(bucket, parts, strict=True):
                 dtype = torch.float64 if target in double else torch.float32
-                found[target][name] = part.view_as(value).to(dtype if name in ("gram", "packed") else value.dtype)
+                found[target][name] = part.view_as(value).to(dtype if name in _GRAMS else value.dtype)
         return {target: _with_sums(stats[target], found[target]) for target in order}
 
     def least(self, number: int) -> int:
@@ -133,7 +133,7 @@ class Ranks:
         return found
 
     def _agree(self, order: Sequence[Target], stats: Mapping[Target, GramStats]) -> None:
-        described = ";".join(f"{target}{stats[target].ranks}{stats[target].held is None}" for target in order)
+        described = ";".join(f"{target}{stats[target].ranks}{list(_sums(stats[target]))}" for target in order)
         every = torch.zeros(self.size, dtype=torch.float64)
         every[self.rank] = float(zlib.crc32(described.encode()))
         if len(set(self._sum(every).tolist())) > 1:
@@ -164,6 +164,9 @@ _BUCKET = 1 << 23
 
 _Entry = tuple[Target, str, Tensor]
 
+_GRAMS = ("gram", "packed", "scenes")
+"""Sums that come in the dtype of the Grams."""
+
 
 def _buckets(order: Sequence[Target], stats: Mapping[Target, GramStats]) -> Iterator[list[_Entry]]:
     """All tensors that are sums over tokens, in messages of a bounded size."""
@@ -183,13 +186,22 @@ def _buckets(order: Sequence[Target], stats: Mapping[Target, GramStats]) -> Iter
 def _sums(stats: GramStats) -> dict[str, Tensor]:
     """All that is a sum over tokens, by name."""
     found = {"gram": stats.gram, "tokens": stats.tokens, "nonfinite": stats.nonfinite}
-    return found if stats.held is None else {**found, "packed": stats.held.packed, "held": stats.held.tokens}
+    if stats.held is not None:
+        found |= {"packed": stats.held.packed, "held": stats.held.tokens}
+    if stats.scenes is not None:
+        found |= {"scenes": stats.scenes.packed, "scene_tokens": stats.scenes.tokens}
+    return found
 
 
 def _with_sums(stats: GramStats, sums: Mapping[str, Tensor]) -> GramStats:
     """The same with other sums; Grams in the dtype that they come in."""
     held = None if stats.held is None else HeldOut(sums["packed"], sums["held"])
-    return replace(stats, gram=sums["gram"], tokens=sums["tokens"], nonfinite=sums["nonfinite"], held=held)
+    scenes = stats.scenes
+    if scenes is not None:
+        scenes = replace(scenes, packed=sums["scenes"], tokens=sums["scene_tokens"])
+    return replace(
+        stats, gram=sums["gram"], tokens=sums["tokens"], nonfinite=sums["nonfinite"], held=held, scenes=scenes
+    )
 
 
 @contextmanager

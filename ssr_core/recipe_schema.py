@@ -22,11 +22,14 @@ PASS_DEFAULTS: Mapping[str, Any] = {
     "padding": "balance",
     "memory_budget_gb": 0.0,
     "sampled_tokens": SampleOptions().tokens,
+    "joint_prompts": "",
+    "neutral_prompts": "",
 }
 """Settings of calibration passes where nobody says otherwise: in nodes and in recipes."""
 
 _CONVERT = ConvertOptions()
 _TEXT: dict[str, Any] = {"type": "string"}
+_LINES: dict[str, Any] = {"type": ["array", "string"], "items": {"type": "string"}}
 _NOTED = "Written into metadata; not needed in a recipe."
 
 
@@ -82,6 +85,12 @@ _SETTINGS = _object(
         "scheduler": _TEXT,
         "padding": {"enum": list(get_args(PaddingMode))},
         "sampled_tokens": {"type": "integer", "minimum": 0, "description": "Whole inputs kept; 0 for none."},
+        "joint_prompts": {
+            **_LINES,
+            "description": "Prompts of all LoRAs together, as a list or line by line; [name or number, ...] before one "
+            "names some.",
+        },
+        "neutral_prompts": {**_LINES, "description": "Prompts under which no LoRA should act, likewise."},
         "held_out": {"type": "integer", "minimum": 0, "description": f"One token of so many was held out. {_NOTED}"},
         "memory_budget_gb": {"type": "number", "minimum": 0},
         "sigmas": {

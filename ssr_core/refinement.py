@@ -6,7 +6,8 @@ differ elsewhere. Kernel ridge regression on the sampled tokens X (N, in) finds 
 
     C = E^T (X X^T + mu I)^-1 X,        E (N, R) what the router leaves over,
 
-and the layer becomes `up (M V + C)`: its rank stays R. The ridge is the one with the smallest
+and the layer becomes `up (M V + C)`: its rank stays R. Scenes (`scenes`) take part with the targets of
+the LoRAs that act in them. The ridge is the one with the smallest
 leave-one-out error, which has a closed form (Allen's PRESS); if none beats `C = 0`, that stays.
 """
 
@@ -45,7 +46,12 @@ class Refinement:
 
 
 def refine(
-    samples: Sequence[InputSample], basis: Tensor, ranks: Sequence[int], router: Tensor, up_gram: Tensor
+    samples: Sequence[InputSample],
+    basis: Tensor,
+    ranks: Sequence[int],
+    router: Tensor,
+    up_gram: Tensor,
+    scenes: Sequence[tuple[InputSample, Tensor]] = (),
 ) -> Refinement | None:
     """Fit the correction of one layer.
 
@@ -55,16 +61,20 @@ def refine(
         ranks: Rows of each task's block.
         router: M (R, R), float64.
         up_gram: (R, R), `B^T B` of the stacked ups: errors are measured in what the layer puts out.
+        scenes: Sample of each scene, and (R,) 1 in the rows of its LoRAs, 0 elsewhere; weights count as above.
 
     Returns:
         The correction; None if the tokens are all zero or the LoRAs put out nothing.
     """
-    samples = bounded(samples)  # those of combined runs add up
+    samples = bounded([*samples, *(sample for sample, _ in scenes)])  # those of combined runs add up
     x, sizes = weighted_tokens(samples, basis)
     signals = x @ basis.T
     wanted = torch.zeros_like(signals)
-    for tokens, rows in zip(block_slices(sizes), block_slices(ranks), strict=True):
-        wanted[tokens, rows] = signals[tokens, rows]
+    tokens = block_slices(sizes)
+    for places, rows in zip(tokens, block_slices(ranks), strict=False):
+        wanted[places, rows] = signals[places, rows]
+    for places, (_, selector) in zip(tokens[len(ranks) :], scenes, strict=True):
+        wanted[places] = signals[places] * selector
     rest = wanted - signals @ router.T
     energy = _energy(wanted, up_gram)
     kernel = x @ x.T
@@ -81,7 +91,7 @@ def refine(
         if bool(loss < best):
             weights, ridge, best = found[0], share, loss
     down = weights.T @ x
-    grams = sampled_grams(samples, torch.cat([basis, down]))
+    grams = sampled_grams(samples[: len(ranks)], torch.cat([basis, down]))
     return Refinement(down, ridge, float((best / energy).sqrt()), float((uncorrected / energy).sqrt()), grams)
 
 

@@ -50,6 +50,18 @@ def guide(grams: Tensor, ranks: Sequence[int]) -> Tensor:
     return q
 
 
+def with_scenes(q: Tensor, g: Tensor, scenes: Tensor, selectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Q and G with what scenes (`scenes.Scene`) add to them.
+
+    Args:
+        q: (R, R).
+        g: (R, R).
+        scenes: (J, R, R), scaled as the tasks' Grams are.
+        selectors: (J, R), 1 in the rows of the LoRAs that act in the scene.
+    """
+    return q + (selectors[:, :, None] * scenes).sum(dim=0), g + scenes.sum(dim=0)
+
+
 def gains(grams: Tensor, ranks: Sequence[int]) -> Tensor:
     """Best diagonal router: energy of block k on its own task / its energy on all tasks, (K,)."""
     total = correlation(grams).diagonal()

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from itertools import permutations
 from statistics import median
 
+from .calibration import Calibration
 from .compatibility import APART, FIGHTING, balancing
 from .report import MergeReport
 
@@ -156,4 +157,16 @@ def _much_left(report: MergeReport) -> list[str]:
     return [
         f"Much is lost even so (error {error:.2f}). {a} and {b} fight most{where}: {fewer}, or put OSRM Refit before "
         "the merge."
+    ]
+
+
+def together(report: MergeReport, calibration: Calibration | None, routed: bool) -> list[str]:
+    """What to do for pictures that show several of the LoRAs, where calibration has seen each one alone."""
+    if not routed or calibration is None or len(report.tasks) < 2 or any(scene.tasks for scene in calibration.scenes):
+        return []
+    if math.isnan(report.reconstruction_error()):
+        return []
+    return [
+        "Calibration saw each LoRA alone. For several of them in one picture (two subjects, a subject in a style) "
+        "write that prompt into joint_prompts and run again; without it routing tends to keep one of them."
     ]

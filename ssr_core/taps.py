@@ -1,15 +1,15 @@
-"""Hooks that read a layer's input through the stacked downs and add the active adapter's output.
+"""Hooks that read a layer's input through the stacked downs and add the active adapters' output.
 
 One pre-hook computes `z = basis x`; the statistics need it, and `up_k z_k` is exactly what LoRA k
 adds to the layer's output. So no weight is patched and nothing is copied: the base model runs as it
-is, quantised or offloaded, and every LoRA takes its turn in the hooks. Where the caller wants them, a
-few whole inputs of each routed layer are kept as well, for `refinement`.
+is, quantised or offloaded, and every LoRA takes its turn in the hooks, or several act in a scene. Where
+the caller wants them, a few whole inputs of each routed layer are kept as well, for `refinement`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from .gram import GramAccumulator
 from .heldout import HELD_OUT
 from .padding import PaddingMode, RowWeights, TextRows
 from .projection import add, columns, compute_dtype, patches, project
+from .router import block_slices
 from .sampling import InputSample, SampleOptions, TokenSampler
 from .stacks import LayerStack
 from .targets import Target
@@ -29,12 +30,11 @@ from .targets import Target
 
 @dataclass
 class _Slot:
-    """One stack during one task: its columns in the module's z, and what to do with them."""
+    """One stack during one pass: its columns in the module's z, and those of the blocks that act."""
 
     stack: LayerStack
-    position: int
     columns: slice
-    active: slice
+    active: Mapping[int, slice]
     accumulator: GramAccumulator | None = None
     up: Tensor | None = None
 
@@ -80,33 +80,34 @@ def input_of(args: tuple[Any, ...], path: str) -> Tensor:
 
 
 class _ModuleTap:
-    """The hook pair of one module for one task."""
+    """The hook pair of one module for one pass."""
 
     def __init__(
         self,
         shared: PassState,
         path: str,
         stacks: Sequence[LayerStack],
-        task: int,
+        acting: Collection[int],
         sample: SampleOptions | None,
         held_out: int,
+        scenes: int,
     ) -> None:
         self.shared, self.path, self.kernel, self.held_out = shared, path, stacks[0].kernel, held_out
         self.slots: list[_Slot] = []
         at = 0
         for stack in stacks:
-            if task not in stack.tasks:
-                continue
-            position = stack.tasks.index(task)
             ranks = stack.basis_ranks
-            size, before = sum(ranks), sum(ranks[:position])
+            size = sum(ranks)
             if size == 0:  # every down here is zero: nothing to see, nothing to add
                 continue
-            active = slice(at + before, at + before + ranks[position])
-            self.slots.append(_Slot(stack, position, slice(at, at + size), active))
+            places = [slice(at + rows.start, at + rows.stop) for rows in block_slices(ranks)]
+            active = {i: rows for i, rows in enumerate(places) if stack.tasks[i] in acting}
+            self.slots.append(_Slot(stack, slice(at, at + size), active))
             at += size
         sharing = max((len(slot.stack.blocks) for slot in self.slots if slot.recorded), default=0)
-        self.sampler = TokenSampler(sample.shared_by(sharing), held_out) if sharing and sample is not None else None
+        self.sampler: TokenSampler | None = None
+        if sharing and sample is not None:
+            self.sampler = TokenSampler(sample.shared_by(sharing + scenes), held_out)
         self._basis: Tensor | None = None
         self._pending: list[Tensor] = []
 
@@ -117,7 +118,8 @@ class _ModuleTap:
         self._basis = bases[0] if len(bases) == 1 else torch.cat(bases)
         gram_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         for slot in self.slots:
-            slot.up = slot.stack.canonical_up(slot.position).to(device, compute)
+            ups = [slot.stack.canonical_up(position) for position in slot.active]
+            slot.up = torch.cat(ups, dim=1).to(device, compute) if ups else None
             if slot.accumulator is not None and slot.accumulator.gram.device != device:
                 raise CalibrationError("the layer moved to another device during its pass.", layer=self.path)
             if slot.recorded and slot.accumulator is None:
@@ -147,41 +149,49 @@ class _ModuleTap:
         self._pending.append(z)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Hook: add `up_k z_k`, in the rows of each slot."""
+        """Hook: add `up_k z_k` of every LoRA that acts, in the rows of each slot."""
         z = self._pending.pop()
         for slot in self.slots:
-            assert slot.up is not None
-            active = columns(z, slot.active, self.kernel)
-            add(output, active, slot.up, slot.stack.target.out_slice, self.kernel, self.path)
+            if slot.up is not None:
+                parts = [columns(z, rows, self.kernel) for rows in slot.active.values()]
+                active = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1 if self.kernel else -1)
+                add(output, active, slot.up, slot.stack.target.out_slice, self.kernel, self.path)
         return output
 
 
 class Tap:
-    """All hooks of one task; attach it around the passes.
+    """All hooks of one task or scene; attach it around the passes.
 
     Args:
         stacks: All stacks of one part of the model.
-        task: The LoRA that is active.
+        acting: The LoRAs that are active: one alone, or those of a scene, which may be none.
         padding: How padded text tokens count.
         sample: Keep some whole inputs of the routed layers too.
         held_out: One token of so many is held out; 0 for none.
+        scenes: Number of all scenes, whose samples share the room with those of the LoRAs.
+        scene: Also watch the shared layers on which none of them acts.
     """
 
     def __init__(
         self,
         stacks: Sequence[LayerStack],
-        task: int,
+        acting: Collection[int],
         padding: PaddingMode,
         sample: SampleOptions | None = None,
         held_out: int = HELD_OUT,
+        *,
+        scenes: int = 0,
+        scene: bool = False,
     ) -> None:
         self._padding = padding
         self._shared = PassState(Counter(), RowWeights(None, padding))
         by_module: dict[str, list[LayerStack]] = {}
         for stack in stacks:
-            if task in stack.tasks:
+            if any(task in acting for task in stack.tasks) or (scene and len(stack.blocks) > 1):
                 by_module.setdefault(stack.target.module_path, []).append(stack)
-        modules = [_ModuleTap(self._shared, path, group, task, sample, held_out) for path, group in by_module.items()]
+        modules = [
+            _ModuleTap(self._shared, path, group, acting, sample, held_out, scenes) for path, group in by_module.items()
+        ]
         self._modules = [module for module in modules if module.slots]
 
     @property
@@ -238,5 +248,5 @@ class Tap:
 
     @property
     def paths(self) -> list[str]:
-        """Modules that this task's adapter acts on."""
+        """Modules that are watched."""
         return [module.path for module in self._modules]

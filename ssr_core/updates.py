@@ -17,11 +17,12 @@ from .errors import IncompatibleError
 from .files import json_text
 from .gram import GramStats
 from .records import TaskRecord
+from .scenes import scenes_of
 from .targets import Target
 
 
 def keep(calibration: Calibration, tasks: Sequence[int]) -> Calibration:
-    """Some of the LoRAs only, in any order, as if the others had never been there.
+    """Some of the LoRAs only, in any order, as if the others had never been there; their joint prompts go too.
 
     Raises:
         IncompatibleError: None is left, one twice, or one that is not there.
@@ -31,6 +32,7 @@ def keep(calibration: Calibration, tasks: Sequence[int]) -> Calibration:
             f"LoRAs {[index + 1 for index in tasks]} of {len(calibration.tasks)} cannot be kept.",
             remedy="keep at least one, each once.",
         )
+    kept, scenes = scenes_of(calibration.scenes, tasks)
     stats: dict[Target, GramStats] = {}
     members: dict[Target, tuple[int, ...]] = {}
     signatures: dict[Target, Tensor] = {}
@@ -40,7 +42,7 @@ def keep(calibration: Calibration, tasks: Sequence[int]) -> Calibration:
         if len(left) < 2:
             continue
         blocks = [known.index(index) for index in left]
-        stats[target] = one.subset(blocks)
+        stats[target] = one.subset(blocks, kept)
         members[target] = tuple(tasks.index(index) for index in left)
         if target in calibration.signatures:
             pieces = calibration.signatures[target].split(list(one.ranks))
@@ -51,6 +53,7 @@ def keep(calibration: Calibration, tasks: Sequence[int]) -> Calibration:
         stats=stats,
         stack_tasks=members,
         signatures=signatures,
+        scenes=scenes,
     )
 
 
@@ -68,7 +71,8 @@ def extend(exact: Calibration, estimate: Calibration) -> Calibration:
         S_no = A S_oo,      S_nn = A S_oo A^T + (S'_nn - A S'_oo A^T),
 
     which is exact in the old rows and positive semidefinite whatever S_oo is. S' is scaled to the tokens of S
-    first: what its tokens leave over has to weigh as much as theirs.
+    first: what its tokens leave over has to weigh as much as theirs. Joint and neutral prompts do not stay:
+    nobody knows what the new LoRAs read there.
 
     Args:
         exact: Statistics of some of the LoRAs.

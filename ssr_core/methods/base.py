@@ -133,12 +133,14 @@ class CanonicalProblem:
         reduce: (R', R''), float64, block-diagonal: from the stack's orthonormal coordinates to these;
             None if these are the same.
         grams: (K, R'', R''), float64, or None.
+        scenes: (J, R'', R''), float64: second moments of the scenes; None where there are none.
     """
 
     ups: Tensor
     ranks: tuple[int, ...]
     reduce: Tensor | None
     grams: Tensor | None
+    scenes: Tensor | None = None
 
     def view(self, router: Tensor) -> RouterView:
         """A router in these coordinates."""
@@ -174,12 +176,12 @@ def canonical_problem(stack: LayerStack, stats: GramStats | None, device: torch.
         reduces.append(directions)
     ranks = tuple(directions.shape[1] for directions in reduces)
     grams = None if stats is None else stats.gram.to(device, torch.float64)
+    scenes = None if stats is None or stats.scenes is None else stats.scenes.gram.to(device, torch.float64)
     if sum(ranks) == sum(stack.basis_ranks):
-        return CanonicalProblem(torch.cat(ups, dim=1), ranks, None, grams)
+        return CanonicalProblem(torch.cat(ups, dim=1), ranks, None, grams, scenes)
     reduce: Tensor = torch.block_diag(*reduces)
-    if grams is not None:
-        grams = reduce.T @ grams @ reduce
-    return CanonicalProblem(torch.cat(ups, dim=1), ranks, reduce, grams)
+    grams, scenes = (None if one is None else reduce.T @ one @ reduce for one in (grams, scenes))
+    return CanonicalProblem(torch.cat(ups, dim=1), ranks, reduce, grams, scenes)
 
 
 def absorb(stack: LayerStack, problem: CanonicalProblem, router: Tensor, condition: float) -> MergedFactors:

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..diagnostics import scene_errors
 from ..errors import SolveError
 from ..gram import GramStats
-from ..refinement import refine
-from ..router import Anchor, anchor_router, correlation, guide, pooled, solve
+from ..refinement import refine, sampled_grams
+from ..router import Anchor, anchor_router, correlation, guide, pooled, solve, with_scenes
+from ..scenes import SceneStats, selectors
 from ..stacks import LayerStack
 from .base import CanonicalProblem, MergedFactors, RouterView, absorb, canonical_problem
 
 LEFT_OUT = "error on sampled tokens left out of the fit"
 UNCORRECTED = "the same without the correction from sampled tokens"
+JOINT = "error on joint prompts"
+NEUTRAL = "effect left on neutral prompts"
 
 
 @dataclass(frozen=True)
 class SSRMerge:
     """Least-squares router, ridge relative to the mean signal, pulled toward an anchor.
+
+    Joint and neutral prompts (`scenes`) take part where calibration had some; each counts as much as a LoRA.
 
     Attributes:
         ridge: Fraction of the mean diagonal of G that is added to its diagonal; 0 is plain least squares
@@ -89,18 +95,35 @@ class SSRMerge:
     ) -> MergedFactors:
         """Routed factors; with a correction the router goes into the downs instead of the ups."""
         plain = absorb(stack, problem, router, condition)
-        if not self.refine or stats is None or stats.samples is None or not len(router):
+        if stats is None or not len(router):
             return plain
+        seen = stats.scenes
+        sampled = stats.samples is not None and (seen is None or seen.samples is not None)
+        if not (self.refine and sampled):
+            return plain if seen is None else replace(plain, measures=_scenes_measured(problem, seen, router))
+        refined = self._refined(stack, problem, stats, router, condition)
+        return plain if refined is None else refined
+
+    def _refined(
+        self, stack: LayerStack, problem: CanonicalProblem, stats: GramStats, router: Tensor, condition: float
+    ) -> MergedFactors | None:
+        assert stats.samples is not None
         ups = problem.ups.to(torch.float64)
-        basis = problem.basis(stack, torch.float64)
-        found = refine(stats.samples, basis, problem.ranks, router, ups.T @ ups)
+        up_gram, basis = ups.T @ ups, problem.basis(stack, torch.float64)
+        seen = stats.scenes
+        chosen = router[:0] if seen is None else selectors(seen.active.to(ups.device), problem.ranks)
+        scenes = [] if seen is None else list(zip(seen.samples or (), chosen, strict=True))
+        found = refine(stats.samples, basis, problem.ranks, router, up_gram, scenes)
         if found is None:
-            return plain
+            return None
         down = (router @ basis + found.down).to(problem.ups.dtype)
         wide = torch.cat([router, torch.eye(len(router)).to(router)], dim=1)
         grams = found.grams * stats.tokens.to(found.grams)[:, None, None]
         measures = {LEFT_OUT: found.left_out, UNCORRECTED: found.uncorrected}
-        view = RouterView(wide, problem.ups, problem.ranks, grams, rows=torch.cat([basis, found.down]))
+        rows = torch.cat([basis, found.down])
+        if scenes:
+            measures |= _measures(wide, sampled_grams([sample for sample, _ in scenes], rows), chosen, up_gram)
+        view = RouterView(wide, problem.ups, problem.ranks, grams, rows=rows)
         return MergedFactors(down, problem.ups, view, condition, measures)
 
     def _terms(self, problem: CanonicalProblem, stats: GramStats | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -110,13 +133,38 @@ class SSRMerge:
             grams = torch.zeros(len(problem.ranks), size, size, dtype=torch.float64, device=problem.ups.device)
         else:
             grams = pooled(problem.grams, stats.tokens.to(problem.grams.device), self.balance)
-        g = correlation(grams)
+        q, g = guide(grams, problem.ranks), correlation(grams)
+        if problem.scenes is not None and stats is not None and stats.scenes is not None and stats.complete:
+            seen = stats.scenes
+            weighed = seen.tokens if self.balance else stats.tokens.sum().expand(len(seen.tokens))
+            scenes = pooled(problem.scenes, weighed.to(g.device), balanced=True)
+            q, g = with_scenes(q, g, scenes, selectors(seen.active.to(g.device), problem.ranks))
         g = (g + g.T) / 2
         own = g.diagonal()
         unseen = own.sum() == 0
         mu = torch.where(unseen, torch.ones_like(g[0, 0]), self.ridge * own.mean())
         chosen: Anchor = "sum" if bool(unseen) and self.anchor == "zero" else self.anchor
-        return guide(grams, problem.ranks), g, anchor_router(chosen, grams, problem.ranks), mu
+        return q, g, anchor_router(chosen, grams, problem.ranks), mu
+
+
+def _scenes_measured(problem: CanonicalProblem, seen: SceneStats, router: Tensor) -> dict[str, float]:
+    """Errors of a router that is not refined, from the scenes' second moments."""
+    if problem.scenes is None:
+        return {}
+    ups = problem.ups.to(torch.float64)
+    mean = pooled(problem.scenes, seen.tokens.to(ups.device), balanced=True)
+    return _measures(router, mean, selectors(seen.active.to(ups.device), problem.ranks), ups.T @ ups)
+
+
+def _measures(router: Tensor, grams: Tensor, chosen: Tensor, up_gram: Tensor) -> dict[str, float]:
+    """Errors on joint and on neutral prompts, relative to the plain sum."""
+    errors, energy = scene_errors(router, grams, chosen, up_gram)
+    neutral = chosen.sum(dim=1) == 0
+    found = {}
+    for name, which in ((JOINT, ~neutral), (NEUTRAL, neutral)):
+        if bool(energy[which].sum() > 0):
+            found[name] = float((errors[which].sum() / energy[which].sum()).sqrt())
+    return found
 
 
 def _batch_size(rank: int) -> int:

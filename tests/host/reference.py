@@ -29,6 +29,7 @@ def routed(
     anchor: str = "sum",
     balance: bool = True,
     refine: bool = False,
+    scenes: Sequence[tuple[Tensor, Sequence[int]]] = (),
 ) -> Tensor:
     """Merged delta of one layer.
 
@@ -39,18 +40,21 @@ def routed(
         anchor: "sum", "average" or "zero".
         balance: Tasks count alike, not tokens.
         refine: Add the regression of what is left over on all inputs.
+        scenes: Inputs of further passes, (N, in), and the positions of the deltas whose sum is wanted there.
     """
     bases = [row_space(delta) for delta in deltas]
     basis = torch.cat(bases, dim=1)
     size = basis.shape[1]
     own = torch.cat([torch.full((b.shape[1],), k) for k, b in enumerate(bases)])
     total = sum(x.shape[0] for x in inputs)
-    signals = [x @ basis / (x.shape[0] if balance else total) ** 0.5 for x in inputs]
+    passes = [(x, [k]) for k, x in enumerate(inputs)] + list(scenes)
+    signals = [x @ basis / (x.shape[0] if balance else total) ** 0.5 for x, _ in passes]
+    acting = [torch.isin(own, torch.tensor(list(who), dtype=own.dtype)) for _, who in passes]
     mu = ridge * sum(float(z.square().sum()) for z in signals) / size
     identity = mu**0.5 * torch.eye(size, dtype=torch.float64)
     seen = torch.cat([*signals, identity])
     pull = {"sum": 1.0, "average": 1 / len(deltas), "zero": 0.0}[anchor]
-    wanted = torch.cat([*(z * (own == k) for k, z in enumerate(signals)), pull * identity])
+    wanted = torch.cat([*(z * who for z, who in zip(signals, acting, strict=True)), pull * identity])
     router = torch.linalg.lstsq(seen, wanted, driver="gelsd").solution.T
     weights = torch.cat([delta @ b for delta, b in zip(deltas, bases, strict=True)], dim=1)
     merged = weights @ router @ basis.T

@@ -159,7 +159,7 @@ def test_a_header_from_before_conversions_is_read(tmp_path):
 
 
 def test_another_version(tmp_path):
-    refused(edited(tmp_path, header=lambda h: h.update(version=3)), "format 3, this version reads up to 2")
+    refused(edited(tmp_path, header=lambda h: h.update(version=4)), "format 4, this version reads up to 3")
 
 
 TENSOR_DAMAGE = {

@@ -21,7 +21,7 @@ from ssr_core import (
     memory_need,
     moments_need,
 )
-from ssr_core.calibration import Calibrator
+from ssr_core.calibrator import Calibrator
 
 ALONE, SLICE = Target("alone"), Target("qkv", (4, 4))
 
@@ -53,7 +53,7 @@ def test_forecast_for_the_device_covers_the_largest_tap_and_no_more(dtype, items
     stacks = build_stacks(tasks_of())
     for stack in stacks:
         assert stack.basis.dtype == torch.float32  # made once, before anything is counted
-    used = [allocated_by(Tap(stacks, k, "balance"), dtype) for k in range(3)]
+    used = [allocated_by(Tap(stacks, (k,), "balance"), dtype) for k in range(3)]
     slack = 64 * len(stacks)  # counters
     need = memory_need(stacks, dtype).device
     assert max(used) <= need + slack
@@ -62,7 +62,7 @@ def test_forecast_for_the_device_covers_the_largest_tap_and_no_more(dtype, items
 
 def test_accumulators_by_hand():
     stacks = build_stacks(tasks_of())
-    tap = Tap(stacks, 0, "balance")
+    tap = Tap(stacks, (0,), "balance")
     tap.prepare(torch.device("cpu"), torch.bfloat16)
     sizes = {str(target): acc.gram.nbytes for target, acc in tap.accumulators()}
     # R' = 3 + 5 + min(20, 16) on the layer, 2 + 7 on the slice; float32 whatever the model's dtype

@@ -22,8 +22,8 @@ from ssr_core import (
     read_safetensors,
     save_calibration,
 )
-from ssr_core.calibration import Calibrator
 from ssr_core.calibration_io import FORMAT
+from ssr_core.calibrator import Calibrator
 
 IN, OUT, K = 12, 7, 3
 OTHER = Target("other")

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssr_core import SampleOptions, Target, TextRows, build_stacks
-from ssr_core.calibration import Calibrator
+from ssr_core.calibrator import Calibrator
 from ssr_core.sampling import TokenSampler, thinned
 
 IN, OUT, RANK, K = 14, 9, 2, 3

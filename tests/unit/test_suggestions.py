@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from helpers import LAYER, calibrated, conflicting_tasks, linear64, task_tokens
 
-from ssr_core import SSRMerge, SumMerge, Target, Task, merge
+from ssr_core import Scene, SSRMerge, SumMerge, Target, Task, merge
 from ssr_core.layer_report import LayerReport
 from ssr_core.report import MergeReport
 from ssr_core.suggestions import suggestions
@@ -38,11 +38,16 @@ def found(*layers, settings=SETTINGS, routed=True, strengths=(1.0, 0.8), apart=0
     return suggestions(report, settings, routed)
 
 
-def test_a_good_merge_needs_nothing():
+def test_a_good_merge_needs_nothing_but_a_prompt_for_pictures_of_both():
     assert found(layer()) == []
-    tasks = conflicting_tasks(2, 7, 10, 3)
-    calibration = calibrated(linear64(10, 7), tasks, [[task_tokens(k, 80, 10)] for k in range(2)])
-    assert merge(tasks, SSRMerge(), calibration).report.advice == ()
+    tasks, module = conflicting_tasks(2, 7, 10, 3), linear64(10, 7)
+    tokens = [[task_tokens(k, 80, 10)] for k in range(2)]
+    (sentence,) = merge(tasks, SSRMerge(), calibrated(module, tasks, tokens)).report.advice
+    assert "joint_prompts" in sentence
+    more = {"scenes": (Scene("both", (0, 1)),), "run_scene": lambda number, tap: module(task_tokens(7, 80, 10))}
+    assert merge(tasks, SSRMerge(), calibrated(module, tasks, tokens, **more)).report.advice == ()
+    neutral = {**more, "scenes": (Scene("nobody"),)}
+    assert merge(tasks, SSRMerge(), calibrated(module, tasks, tokens, **neutral)).report.advice == (sentence,)
 
 
 @pytest.mark.parametrize(("own", "appears"), [((1.0, 8.0), True), ((8.0, 1.0), True), ((1.0, 3.5), False)])

@@ -6,7 +6,7 @@ from helpers import LAYER, calibrated, conflicting_tasks, linear64, lora, randn,
 from torch import nn
 
 from ssr_core import CalibrationError, IncompatibleError, Target, build_stacks, calibrate
-from ssr_core.calibration import Calibrator
+from ssr_core.calibrator import Calibrator
 
 IN, OUT = 8, 6
 

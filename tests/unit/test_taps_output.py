@@ -6,7 +6,7 @@ from helpers import F64, patched_copy, randn, task
 from torch import nn
 
 from ssr_core import LoRALayer, Target, build_stacks
-from ssr_core.calibration import Calibrator
+from ssr_core.calibrator import Calibrator
 
 
 class Strided(nn.Linear):

@@ -6,7 +6,7 @@ from helpers import F64, LAYER, calibrated, conflicting_tasks, linear64, patches
 from torch import nn
 
 from ssr_core import Target, build_stacks, calibrate
-from ssr_core.calibration import Calibrator
+from ssr_core.calibrator import Calibrator
 from ssr_core.gram import GramAccumulator
 
 

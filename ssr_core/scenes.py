@@ -1,0 +1,151 @@
+"""Prompts under which several LoRAs act at once, or none: what else a router should get right.
+
+A router that has seen each LoRA alone keeps one LoRA where several are wanted (a subject in a style, two
+subjects in one picture). A scene's pass runs with all of its LoRAs active as a plain sum, and the sum of
+their branches is what the router should give there; under a neutral prompt nobody acts, and it should
+give nothing. With J the second moments of a scene and P the selector of its LoRAs' rows,
+
+    G = sum_k S_k + sum_j J_j,      Q = sum_k E_k S_k + sum_j P_j J_j.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import PurePath
+
+import torch
+from torch import Tensor
+
+from .errors import CalibrationError, IncompatibleError
+from .sampling import InputSample
+from .triangles import pack, packed_size, unpack
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One such prompt.
+
+    Attributes:
+        prompt: The text.
+        tasks: Indices of the LoRAs that act, rising; none for a neutral prompt.
+    """
+
+    prompt: str
+    tasks: tuple[int, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What people know it as."""
+        return "joint prompt" if self.tasks else "neutral prompt"
+
+
+@dataclass(frozen=True)
+class SceneStats:
+    """What the passes of all scenes found at one stack, in the order of `Calibration.scenes`.
+
+    Attributes:
+        packed: (J, R (R + 1) / 2), float32 or float64: second moments of each scene, as upper triangles.
+        tokens: (J,) float64, their weighted number; 0 where a scene did not reach the layer.
+        active: (J, K) bool, which blocks of the stack act.
+        samples: Whole inputs of the layer for each scene; None where any is lacking.
+    """
+
+    packed: Tensor
+    tokens: Tensor
+    active: Tensor
+    samples: tuple[InputSample, ...] | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self.active)
+        fits = self.active.ndim == 2 and self.tokens.shape == (count,) and len(self.packed) == count
+        if not fits or (self.samples is not None and len(self.samples) != count):
+            raise CalibrationError(f"statistics of shape {tuple(self.packed.shape)} do not belong to {count} scenes.")
+
+    @property
+    def gram(self) -> Tensor:
+        """(J, R, R), unpacked anew each time."""
+        return unpack(self.packed)
+
+    def choose(self, scenes: Sequence[int]) -> SceneStats | None:
+        """Some of the scenes; None if that is none."""
+        if not scenes:
+            return None
+        picked = torch.tensor(list(scenes), dtype=torch.long)
+        samples = None if self.samples is None else tuple(self.samples[scene] for scene in scenes)
+        return SceneStats(self.packed[picked], self.tokens[picked], self.active[picked], samples)
+
+    def pick(self, blocks: Tensor, rows: Tensor) -> SceneStats:
+        """The same of some blocks and their coordinates."""
+        packed = pack(self.gram[:, rows][:, :, rows])
+        return replace(self, packed=packed, active=self.active[:, blocks])
+
+    def fits(self, blocks: int, rank: int) -> bool:
+        """Whether this belongs to a stack of so many blocks and rows."""
+        return self.active.shape[1] == blocks and self.packed.shape[1] == packed_size(rank)
+
+
+def selectors(active: Tensor, ranks: Sequence[int]) -> Tensor:
+    """(J, R) float64: 1 in the rows of the blocks that act.
+
+    Args:
+        active: (J, K) bool.
+        ranks: Rows of each block.
+    """
+    return active.double().repeat_interleave(torch.tensor(list(ranks), device=active.device), dim=1)
+
+
+def scenes_of(scenes: Sequence[Scene], tasks: Sequence[int]) -> tuple[list[int], tuple[Scene, ...]]:
+    """The scenes of which every LoRA stays, and what they are among these LoRAs.
+
+    Args:
+        scenes: Of a calibration.
+        tasks: LoRAs of the calibration that stay, in their new order; -1 stands for one that acts on nothing.
+    """
+    kept = [i for i, scene in enumerate(scenes) if set(scene.tasks) <= set(tasks)]
+    moved = [replace(scenes[i], tasks=tuple(sorted(tasks.index(task) for task in scenes[i].tasks))) for i in kept]
+    return kept, tuple(moved)
+
+
+_CHOSEN = re.compile(r"\s*\[([^\]]*)\](.*)", re.DOTALL)
+
+
+def parse_scenes(joint: Sequence[str], neutral: Sequence[str], names: Sequence[str]) -> tuple[Scene, ...]:
+    """Scenes from lines that a person wrote.
+
+    Args:
+        joint: Prompts of all LoRAs together, or of some: `[alice, bob] two women`, by file name (with or
+            without folder and extension) or by number, from 1. Empty lines do not count.
+        neutral: Prompts under which no LoRA acts.
+        names: Of the LoRAs.
+
+    Raises:
+        IncompatibleError: No such LoRA, a name that several have, or fewer than two LoRAs.
+    """
+    found = []
+    for line in filter(None, map(str.strip, joint)):
+        match = _CHOSEN.fullmatch(line)
+        tasks = set(range(len(names))) if match is None else {_chosen(one, names) for one in match[1].split(",")}
+        if len(tasks) < 2:
+            raise IncompatibleError(
+                f"the joint prompt {line!r} is of one LoRA alone.",
+                remedy="a prompt of one LoRA belongs to its SSR LoRA; name two or more: [alice, bob] two women.",
+            )
+        found.append(Scene(line if match is None else match[2].strip(), tuple(sorted(tasks))))
+    return (*found, *(Scene(line) for line in map(str.strip, neutral) if line))
+
+
+def _chosen(wanted: str, names: Sequence[str]) -> int:
+    """Index of the LoRA that a joint prompt names."""
+    wanted = wanted.strip()
+    found = [i for i, name in enumerate(names) if wanted in (name, PurePath(name).name, PurePath(name).stem)]
+    if wanted.isdigit() and not found:
+        found = [int(wanted) - 1] if 0 < int(wanted) <= len(names) else []
+    if len(found) != 1:
+        listed = ", ".join(f"{i} {name}" for i, name in enumerate(names, 1))
+        problem = "several LoRAs are called" if found else "no merged LoRA is called"
+        raise IncompatibleError(
+            f"in a joint prompt: {problem} {wanted!r}.", remedy=f"write numbers or names of: {listed}."
+        )
+    return found[0]

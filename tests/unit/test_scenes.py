@@ -1,0 +1,283 @@
+"""Joint and neutral prompts: their passes, what they add to router and correction, and where they stay."""
+
+import json
+
+import pytest
+import torch
+from helpers import (
+    F64,
+    LAYER,
+    conflicting_tasks,
+    factors_of,
+    linear64,
+    lora,
+    randn,
+    rel,
+    svd_coordinates,
+    task,
+    task_tokens,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ssr_core import (
+    CalibrationError,
+    FileError,
+    IncompatibleError,
+    PaperMerge,
+    SampleOptions,
+    Scene,
+    SSRMerge,
+    Target,
+    build_stacks,
+    calibrate,
+    combine,
+    keep,
+    load_calibration,
+    merge,
+    parse_scenes,
+    save_calibration,
+)
+from ssr_core.calibration_io import FORMAT
+from ssr_core.methods.ssr import JOINT, NEUTRAL
+
+IN, OUT, RANK, K = 14, 9, 2, 3
+TASKS = conflicting_tasks(K, OUT, IN, RANK)
+SCENES = (Scene("both", (0, 1)), Scene("everyone", (0, 1, 2)), Scene("nobody"))
+TOKENS = [task_tokens(k, 30 + k, IN) for k in range(K)]
+SEEN = [task_tokens(50 + j, 20 + 3 * j, IN) for j in range(len(SCENES))]
+
+
+def calibrated(tokens=TOKENS, seen=SEEN, scenes=SCENES, tasks=TASKS, **more):
+    module = linear64(IN, OUT)
+    return calibrate(
+        nn.ModuleDict({"layer": module}),
+        tasks,
+        build_stacks(tasks),
+        lambda index, tap: module(tokens[index]),
+        scenes=scenes,
+        run_scene=lambda number, tap: module(seen[number]),
+        **more,
+    )
+
+
+def merged(calibration, method=None, tasks=TASKS):
+    result = merge(tasks, method or SSRMerge(refine=False), calibration, dtype=F64)
+    return result.layers[LAYER].delta(F64), result.report
+
+
+def least_squares(tokens, seen, scenes, ridge=0.01, tasks=TASKS):
+    """The router by lstsq: every pass weighs 1, `ridge` of the mean signal pulls toward the plain sum."""
+    coordinates = [svd_coordinates(*pair) for pair in factors_of(tasks)]
+    basis, ups = torch.cat([v for v, _ in coordinates]), torch.cat([b for _, b in coordinates], dim=1)
+    owner = torch.cat([torch.full((len(v),), k) for k, (v, _) in enumerate(coordinates)])
+    passes = [(x, (k,)) for k, x in enumerate(tokens)]
+    passes += [(x, scene.tasks) for x, scene in zip(seen, scenes, strict=True)]
+    left, right = [], []
+    for x, acting in passes:
+        z = x @ basis.T / len(x) ** 0.5
+        left.append(z)
+        right.append(z * torch.isin(owner, torch.tensor(acting, dtype=torch.int64)))
+    mu = ridge * sum(z.square().sum() for z in left) / len(basis)
+    left.append(mu.sqrt() * torch.eye(len(basis), dtype=F64))
+    right.append(left[-1])
+    router = torch.linalg.lstsq(torch.cat(left), torch.cat(right)).solution.T
+    return ups @ router @ basis
+
+
+def test_router_is_the_least_squares_answer_over_all_passes():
+    found, _ = merged(calibrated())
+    assert rel(found, least_squares(TOKENS, SEEN, SCENES)) < 1e-10
+    assert rel(found, least_squares(TOKENS, [], ())) > 1e-2
+
+
+@pytest.mark.parametrize("number", range(len(SCENES)))
+def test_a_scenes_pass_adds_exactly_its_loras(number):
+    module, given = linear64(IN, OUT), []
+
+    def run_scene(index, tap):
+        given.append(module(SEEN[index]))
+
+    calibrate(
+        nn.ModuleDict({"layer": module}),
+        TASKS,
+        build_stacks(TASKS),
+        lambda index, tap: module(TOKENS[index]),
+        scenes=SCENES,
+        run_scene=run_scene,
+    )
+    pairs = factors_of(TASKS)
+    expected = module(SEEN[number]) + sum(
+        (SEEN[number] @ pairs[k][0].T @ pairs[k][1].T for k in SCENES[number].tasks), torch.zeros(1, dtype=F64)
+    )
+    assert rel(given[number], expected) < 1e-12
+    assert not module._forward_hooks
+    assert not module._forward_pre_hooks
+
+
+def test_a_layer_of_other_loras_is_watched_and_should_stay_silent():
+    two = [task("a", lora(1, OUT, IN, RANK)), task("b", lora(2, OUT, IN, RANK))]
+    alone = task("c", {Target("other"): lora(3, OUT, IN, RANK)})
+    tasks, scenes = [*two, alone], (Scene("a and c", (0, 2)),)
+    root = nn.ModuleDict({"layer": linear64(IN, OUT), "other": linear64(IN, OUT)})
+
+    def run(x):
+        for module in root.values():
+            module(x)
+
+    found = calibrate(
+        root,
+        tasks,
+        build_stacks(tasks),
+        lambda k, tap: run(TOKENS[k]),
+        scenes=scenes,
+        run_scene=lambda j, tap: run(SEEN[j]),
+    )
+    seen = found.stats[LAYER].scenes
+    assert seen.active.tolist() == [[True, False]]
+    assert float(seen.tokens) == len(SEEN[0])
+
+
+def test_refinement_learns_the_scenes_targets():
+    """Sampled whole inputs tell a joint prompt from the LoRAs' own where their coordinates cannot."""
+    options = SampleOptions(1000, most=10_000)
+    plain, refined = (merged(calibrated(sample=options), SSRMerge(refine=refine)) for refine in (False, True))
+    name = JOINT
+    before, after = (report.layers[0].measures[name] for _, report in (plain, refined))
+    assert after < 0.9 * before
+    pairs = factors_of(TASKS)
+    deltas = [up @ down for down, up in pairs]
+    errors = energy = 0.0
+    for x, scene in list(zip(SEEN, SCENES, strict=True))[:2]:
+        wanted = x @ sum(deltas[k] for k in scene.tasks).T
+        errors += float((x @ refined[0].T - wanted).square().sum()) / len(x)
+        energy += float(wanted.square().sum()) / len(x)
+    assert after == pytest.approx((errors / energy) ** 0.5, rel=1e-9)
+
+
+def test_measures_of_a_plain_router_are_those_of_its_answers():
+    found, report = merged(calibrated())
+    deltas = [up @ down for down, up in factors_of(TASKS)]
+    x = SEEN[2]
+    left = (x @ found.T).norm() / (x @ sum(deltas).T).norm()
+    assert report.layers[0].measures[NEUTRAL] == pytest.approx(float(left), rel=1e-9)
+    without = merged(calibrated(scenes=(), seen=[]))[1].layers[0].measures
+    assert JOINT not in without
+    assert NEUTRAL not in without
+
+
+def test_the_published_formula_knows_no_scenes():
+    found, bare = merged(calibrated(), PaperMerge())[0], merged(calibrated(scenes=(), seen=[]), PaperMerge())[0]
+    assert rel(found, bare) < 1e-12
+
+
+def test_scenes_of_a_dropped_lora_go_and_the_others_stay():
+    left = keep(calibrated(), [2, 1])
+    assert left.scenes == (Scene("nobody"),)
+    found, _ = merged(left, tasks=[TASKS[2], TASKS[1]])
+    expected = least_squares([TOKENS[2], TOKENS[1]], [SEEN[2]], [SCENES[2]], tasks=[TASKS[2], TASKS[1]])
+    assert rel(found, expected) < 1e-10
+    again, _ = merged(calibrated(), tasks=[TASKS[2], TASKS[1]])  # a subset chosen by the merge itself
+    assert rel(again, expected) < 1e-10
+    swapped = keep(calibrated(), [1, 0, 2])
+    assert swapped.scenes[0] == SCENES[0]
+    assert rel(merged(swapped)[0], merged(calibrated())[0]) < 1e-10
+
+
+@pytest.mark.parametrize("sample", [None, SampleOptions(8)])
+def test_files_keep_scenes(tmp_path, sample):
+    calibration = calibrated(sample=sample)
+    save_calibration(calibration, tmp_path / "c.safetensors")
+    again = load_calibration(tmp_path / "c.safetensors")
+    assert again.scenes == SCENES
+    assert torch.equal(merged(again, SSRMerge())[0], merged(calibration, SSRMerge())[0])
+
+
+def test_damaged_scenes_are_refused(tmp_path):
+    save_calibration(calibrated(), tmp_path / "c.safetensors")
+    tensors = load_file(tmp_path / "c.safetensors")
+    with safe_open(tmp_path / "c.safetensors", "pt") as file:
+        metadata = file.metadata()
+    for name, value in (
+        ("0.scene_gram", torch.full_like(tensors["0.scene_gram"], float("nan"))),
+        ("0.scene_gram", tensors["0.scene_gram"][:, :-1].contiguous()),
+        ("0.scene_tokens", -tensors["0.scene_tokens"]),
+        ("0.scene_tokens", None),
+    ):
+        kept = {key: one for key, one in {**tensors, name: value}.items() if one is not None}
+        save_file(kept, tmp_path / "bad.safetensors", metadata)
+        with pytest.raises(FileError, match="damaged"):
+            load_calibration(tmp_path / "bad.safetensors")
+    header = json.loads(metadata[FORMAT])
+    header["scenes"][1]["tasks"] = [0, 1, 9]
+    metadata = {FORMAT: json.dumps(header)}
+    save_file(tensors, tmp_path / "bad.safetensors", metadata)
+    with pytest.raises(FileError, match="damaged"):
+        load_calibration(tmp_path / "bad.safetensors")
+
+
+def test_runs_add_up_scene_by_scene():
+    more, seen = [task_tokens(20 + k, 25, IN) for k in range(K)], [task_tokens(90 + j, 11, IN) for j in range(2)]
+    first, second = calibrated(), calibrated(more, seen, (SCENES[2], SCENES[0]))
+    total = combine([first, second])
+    both = [torch.cat([SEEN[0], seen[1]]), SEEN[1], torch.cat([SEEN[2], seen[0]])]
+    tokens = [torch.cat(pair) for pair in zip(TOKENS, more, strict=True)]
+    assert rel(merged(total)[0], least_squares(tokens, both, SCENES)) < 1e-10
+    assert rel(merged(combine([second, first]))[0], merged(total)[0]) < 1e-12
+
+
+def test_lines_become_scenes():
+    names = ["people/alice.safetensors", "bob.safetensors", "ink.safetensors"]
+    lines = ["a picture of all", " ", "[alice, 2] alice and bob", "[people/alice.safetensors,ink] alice in ink"]
+    assert parse_scenes(lines, ["a tree", ""], names) == (
+        Scene("a picture of all", (0, 1, 2)),
+        Scene("alice and bob", (0, 1)),
+        Scene("alice in ink", (0, 2)),
+        Scene("a tree"),
+    )
+    for wrong, what in (
+        ("[carol, bob] x", "carol"),
+        ("[4, 1] x", "'4'"),
+        ("[bob] x", "one LoRA alone"),
+        ("[] x", "''"),
+    ):
+        with pytest.raises(IncompatibleError, match=what):
+            parse_scenes([wrong], [], names)
+    with pytest.raises(IncompatibleError, match="several"):
+        parse_scenes(["[x, y] z"], [], ["a/x.safetensors", "b/x.safetensors", "y"])
+
+
+def test_scenes_without_a_pass_are_refused():
+    module = linear64(IN, OUT)
+    with pytest.raises(CalibrationError, match="run_scene"):
+        calibrate(
+            nn.ModuleDict({"layer": module}),
+            TASKS,
+            build_stacks(TASKS),
+            lambda k, tap: module(TOKENS[k]),
+            scenes=SCENES,
+        )
+
+
+def test_convolutions_have_scenes_too():
+    tasks = [task(f"t{k}", lora(k, 5, 4 * 9, RANK, kernel=(3, 3))) for k in range(2)]
+    module, inputs = (
+        nn.Conv2d(4, 5, 3, padding=1).double().requires_grad_(False),
+        [randn(k, 1, 4, 6, 6) for k in range(3)],
+    )
+    given = []
+    found = calibrate(
+        nn.ModuleDict({"layer": module}),
+        tasks,
+        build_stacks(tasks),
+        lambda k, tap: module(inputs[k]),
+        scenes=(Scene("both", (0, 1)),),
+        run_scene=lambda j, tap: given.append(module(inputs[2])),
+    )
+    weight = sum(one.adapter.layers[LAYER].delta(F64) for one in tasks).reshape(5, 4, 3, 3)
+    expected = torch.nn.functional.conv2d(inputs[2], module.weight + weight, module.bias, padding=1)
+    assert rel(given[0], expected) < 1e-12
+    columns = torch.nn.functional.unfold(inputs[2], 3, padding=1)[0].T
+    z = columns @ build_stacks(tasks)[0].basis.to(F64).T
+    assert rel(found.stats[LAYER].scenes.gram[0], z.T @ z) < 1e-12
