@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ssr_core import Calibration, SampleOptions, Tap, Target, Task, build_stacks, calibrate
+from ssr_core import Calibration, SampleOptions, Scene, Tap, Target, Task, build_stacks, calibrate
 from ssr_core.stacks import LayerStack
 
 from .world.captions import encode
 from .world.loras import Trained, reading, with_deltas
 from .world.network import Painter, euler
+from .world.pool import base_scene
 from .world.scenes import SIZE
 
 IMAGES = 8
@@ -31,6 +34,8 @@ class Sampling:
         prompts: Captions of each task; None is the one that the LoRA was trained with.
         noise: "same" for every task, or "other".
         sample: How many whole inputs are kept; None for none.
+        joint: Also calibrate on the case's joint prompts.
+        neutral: Also calibrate on so many prompts that name no LoRA.
     """
 
     steps: int = 8
@@ -39,6 +44,8 @@ class Sampling:
     prompts: tuple[tuple[str, ...], ...] | None = None
     noise: str = "same"
     sample: SampleOptions | None = field(default_factory=SampleOptions)
+    joint: bool = False
+    neutral: int = 0
 
 
 @dataclass
@@ -49,11 +56,13 @@ class Case:
         base: The model.
         loras: What is merged.
         seed: Of the calibration's noise.
+        joint: Prompts of pictures that show all of the LoRAs, known to methods that want them.
     """
 
     base: Painter
     loras: Sequence[Trained]
     seed: int
+    joint: tuple[str, ...] = ()
     _kept: dict[object, object] = field(default_factory=dict, repr=False)
 
     def once(self, key: object, make: Callable[[], object]) -> object:
@@ -93,10 +102,21 @@ class Case:
         prompts = (self.loras[index].prompt,) if sampling.prompts is None else sampling.prompts[index]
         for number, prompt in enumerate(prompts):
             own = 1000 * index if sampling.noise == "other" else 0
-            generator = torch.Generator().manual_seed(7000 + 100 * self.seed + number + own)
-            noise = torch.randn(sampling.images, 3, SIZE, SIZE, generator=generator)
-            for _ in euler(model, encode([prompt] * sampling.images), noise, sampling.steps, sampling.used):
-                yield
+            yield from self.one_pass(model, prompt, sampling, number + own)
+
+    def one_pass(self, model: nn.Module, prompt: str, sampling: Sampling, offset: int = 0) -> Iterator[None]:
+        """Sample one prompt."""
+        generator = torch.Generator().manual_seed(7000 + 100 * self.seed + offset)
+        noise = torch.randn(sampling.images, 3, SIZE, SIZE, generator=generator)
+        for _ in euler(model, encode([prompt] * sampling.images), noise, sampling.steps, sampling.used):
+            yield
+
+    def scenes(self, sampling: Sampling) -> tuple[Scene, ...]:
+        """Joint and neutral prompts of a calibration."""
+        everyone = tuple(range(len(self.loras)))
+        joint = [Scene(prompt, everyone) for prompt in self.joint if sampling.joint]
+        chooser = random.Random(19000 + self.seed)
+        return (*joint, *(Scene(base_scene(chooser)[1]) for _ in range(sampling.neutral)))
 
     def calibration(self, sampling: Sampling) -> Calibration:
         """The engine's statistics for these LoRAs."""
@@ -105,9 +125,16 @@ class Case:
             for _ in self.passes(self.base, index, sampling):
                 pass
 
+        scenes = self.scenes(sampling)
+
+        def run_scene(number: int, _: Tap) -> None:
+            for _ in self.one_pass(self.base, scenes[number].prompt, sampling):
+                pass
+
         def make() -> Calibration:
+            more: dict[str, Any] = {"sample": sampling.sample, "scenes": scenes, "run_scene": run_scene}
             with torch.no_grad():
-                return calibrate(self.base, self.tasks, self.stacks, run, sample=sampling.sample)
+                return calibrate(self.base, self.tasks, self.stacks, run, **more)
 
         return self.once(sampling, make)  # type: ignore[return-value]
 
@@ -115,24 +142,32 @@ class Case:
         """Mean second moments (in, in) of each layer's inputs, each LoRA alone on its prompt."""
 
         def make() -> list[dict[str, Tensor]]:
-            found = []
-            for index, model in enumerate(self.singles):
-                sums: dict[str, Tensor] = {}
-                counts: dict[str, int] = {}
-                with reading(model) as inputs:
-                    for _ in self.passes(model, index, sampling):
-                        for path, x in inputs.items():
-                            sums[path] = sums.get(path, 0) + (x.T @ x).double()
-                            counts[path] = counts.get(path, 0) + len(x)
-                found.append({path: total / counts[path] for path, total in sums.items()})
-            return found
+            return [_grams(model, self.passes(model, index, sampling)) for index, model in enumerate(self.singles)]
 
         return self.once(("grams", sampling), make)  # type: ignore[return-value]
+
+    def joint_grams(self, sampling: Sampling) -> list[dict[str, Tensor]]:
+        """The same for each joint prompt, all LoRAs together."""
+        total = {path: torch.stack([one[path] for one in self.deltas]).sum(0) for path in self.deltas[0]}
+        model = with_deltas(self.base, total)
+        return [_grams(model, self.one_pass(model, prompt, sampling)) for prompt in self.joint]
 
     def with_prompts(self, prompts: Sequence[str]) -> Case:
         """The same LoRAs under other words."""
         loras = [replace(one, prompt=prompt) for one, prompt in zip(self.loras, prompts, strict=True)]
         return Case(self.base, loras, self.seed)
+
+
+def _grams(model: nn.Module, passes: Iterator[None]) -> dict[str, Tensor]:
+    """Mean second moments (in, in) of each layer's inputs over all passes."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    with reading(model) as inputs:
+        for _ in passes:
+            for path, x in inputs.items():
+                sums[path] = sums.get(path, 0) + (x.T @ x).double()
+                counts[path] = counts.get(path, 0) + len(x)
+    return {path: total / counts[path] for path, total in sums.items()}
 
 
 def path_of(target: Target) -> str:

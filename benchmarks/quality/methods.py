@@ -49,6 +49,22 @@ def layerwise(one: LayerMerge, sampling: Sampling) -> Method:
     return run
 
 
+def with_joint(one: LayerMerge, sampling: Sampling) -> Method:
+    """The same with the joint prompts' inputs, on which the sum of all changes is wanted."""
+
+    def run(case: Case) -> dict[str, Tensor]:
+        deltas, grams, more = case.deltas, case.input_grams(sampling), case.joint_grams(sampling)
+
+        def merged(path: str) -> Tensor:
+            own = [d[path] for d in deltas]
+            total = torch.stack(own).sum(0)
+            return one([*own, *(total for _ in more)], [*(g[path] for g in grams), *(g[path] for g in more)])
+
+        return {path: merged(path) for path in deltas[0]}
+
+    return run
+
+
 def sampling_of(world: World) -> Sampling:
     """What all methods that need data get to see: whole sampling runs."""
     return Sampling(steps=world.scale.calibration_steps, images=world.scale.images)
@@ -70,6 +86,27 @@ def compared(sampling: Sampling) -> dict[str, Method]:
         "SSR (paper's formula, our data)": engine(PaperMerge(), sampling),
         "SSR (ours, without refinement)": engine(SSRMerge(refine=False), sampling),
         "SSR (ours)": engine(SSRMerge(), sampling),
+    }
+
+
+def told(sampling: Sampling) -> dict[str, Method]:
+    """Methods that also see the prompt that shows all of the LoRAs."""
+    joint = replace(sampling, joint=True)
+    return {
+        "RegMean, joint prompt": with_joint(regmean, sampling),
+        "SSR (ours, joint prompt, without refinement)": engine(SSRMerge(refine=False), joint),
+        "SSR (ours, joint prompt)": engine(SSRMerge(), joint),
+        "SSR (ours, joint and two neutral prompts)": engine(SSRMerge(), replace(joint, neutral=2)),
+    }
+
+
+def careful(sampling: Sampling) -> dict[str, Method]:
+    """Methods that also see prompts that name no LoRA."""
+    return {
+        f"SSR (ours, {number} neutral prompt{'s' * (number > 1)})": engine(
+            SSRMerge(), replace(sampling, neutral=number)
+        )
+        for number in (1, 2)
     }
 
 

@@ -105,18 +105,21 @@ def _of_base(case: Case, number: int, prompt: str) -> Reference:
 
 def composition(world: World, methods: Mapping[str, Method], seeds: Sequence[int]) -> Iterator[Record]:
     """Two to four subjects, or a subject in a style, in one picture (Table 3)."""
-    for k in (2, 3):
+    for k in (2, 3, 4):
         for seed in seeds:
             chooser = random.Random(300 * k + seed)
-            case = Case(world.base, chooser.sample(list(world.subjects), k), seed)
+            chosen = chooser.sample(list(world.subjects), k)
+            prompt = caption([one.prompt for one in chosen])
+            case = Case(world.base, chosen, seed, (prompt,))
             things = [one.subject.thing for one in case.loras if one.subject]
-            prompt = caption([one.prompt for one in case.loras])
             for name, model in merged(case, methods):
                 assert model is not None
                 (found,) = pictures(model, [prompt], 2 * world.scale.samples, 41 * seed)
                 right = success(world.judge, found, things).float()
                 yield Record("composition", name, k, "objects right", seed, float(right.mean()))
                 yield Record("composition", name, k, "all right", seed, float((right.amin(0)).mean()))
+                off = fmean(_own(case, index).distance(model) for index in range(k))
+                yield Record("composition", name, k, "function distance on each one's own prompt", seed, off)
 
 
 def baseline(world: World) -> Iterator[Record]:

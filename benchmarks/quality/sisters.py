@@ -44,8 +44,8 @@ def styled(world: World, methods: Mapping[str, Method], seeds: Sequence[int], pa
             subject, style = chooser.choice(list(world.subjects)), chooser.choice(list(world.styles))
             assert subject.subject is not None
             assert style.style is not None
-            case = Case(world.base, [subject, style], seed)
             prompt = caption([subject.prompt], style.style.words)
+            case = Case(world.base, [subject, style], seed, (prompt,))
             for name, model in merged(case, methods):
                 assert model is not None
                 (found,) = pictures(model, [prompt], world.scale.samples, 51 * seed)
