@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ssr_core import Calibration, SampleOptions, Scene, Tap, Target, Task, build_stacks, calibrate
 from ssr_core.stacks import LayerStack
 
-from .world.captions import encode
+from .world.captions import encode, scene_caption
 from .world.loras import Trained, reading, with_deltas
 from .world.network import Painter, euler
 from .world.pool import base_scene
@@ -116,7 +116,7 @@ class Case:
         everyone = tuple(range(len(self.loras)))
         joint = [Scene(prompt, everyone) for prompt in self.joint if sampling.joint]
         chooser = random.Random(19000 + self.seed)
-        return (*joint, *(Scene(base_scene(chooser)[1]) for _ in range(sampling.neutral)))
+        return (*joint, *(Scene(scene_caption(base_scene(chooser)[0])) for _ in range(sampling.neutral)))
 
     def calibration(self, sampling: Sampling) -> Calibration:
         """The engine's statistics for these LoRAs."""

@@ -102,12 +102,8 @@ def told(sampling: Sampling) -> dict[str, Method]:
 
 def careful(sampling: Sampling) -> dict[str, Method]:
     """Methods that also see prompts that name no LoRA."""
-    return {
-        f"SSR (ours, {number} neutral prompt{'s' * (number > 1)})": engine(
-            SSRMerge(), replace(sampling, neutral=number)
-        )
-        for number in (1, 2)
-    }
+    names = {1: "SSR (ours, one neutral prompt)", 2: "SSR (ours, two neutral prompts)"}
+    return {name: engine(SSRMerge(), replace(sampling, neutral=number)) for number, name in names.items()}
 
 
 def without_slow(methods: dict[str, Method]) -> dict[str, Method]:

@@ -105,7 +105,7 @@ def _of_base(case: Case, number: int, prompt: str) -> Reference:
 
 def composition(world: World, methods: Mapping[str, Method], seeds: Sequence[int]) -> Iterator[Record]:
     """Two to four subjects, or a subject in a style, in one picture (Table 3)."""
-    for k in (2, 3, 4):
+    for k in (k for k in (2, 3, 4) if k <= len(world.subjects)):
         for seed in seeds:
             chooser = random.Random(300 * k + seed)
             chosen = chooser.sample(list(world.subjects), k)

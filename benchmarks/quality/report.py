@@ -12,7 +12,9 @@ from typing import Any
 from ..speed.machine import sentence
 from .records import Record, Row, paired
 
-LOWER = frozenset({"function distance", "leak"})
+OWN = "function distance on each one's own prompt"
+
+LOWER = frozenset({"function distance", "leak", OWN})
 """Metrics where less is better."""
 
 
@@ -80,7 +82,7 @@ TABLES = {
     "single LoRAs": ("success",),
     "preservation": ("function distance", "success", "similarity"),
     "preservation: generic prompts": ("leak", "success"),
-    "composition": ("objects right", "all right"),
+    "composition": ("objects right", "all right", OWN),
     "subject and style": ("both", "content", "style"),
     "OSRM start": ("function distance", "success"),
     "many subjects": ("function distance", "success", "similarity"),
