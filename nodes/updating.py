@@ -84,8 +84,13 @@ def join(
     sampling = sampling_of(socket.calibration, latent, sigmas)
     found = obtain(loaded, model, clip, sampling, options, progress)
     guess = from_records(loaded.tasks, found.shares, tick=lambda done, total: host.check_cancel())
-    joined = replace(extend(socket.calibration, guess), settings={**socket.calibration.settings, **guess.settings})
-    return pipeline.socket_of(joined, loaded), record_notes(found, joined.settings)
+    settings = {**socket.calibration.settings, **guess.settings, "joint_prompts": [], "neutral_prompts": []}
+    joined = replace(extend(socket.calibration, guess), settings=settings)
+    notes = record_notes(found, joined.settings)
+    lost = len(socket.calibration.scenes)
+    if lost:
+        notes.append(f"{lost} joint or neutral prompts are gone: what the new LoRAs read under them is not known.")
+    return pipeline.socket_of(joined, loaded), notes
 
 
 def sampling_of(

@@ -12,6 +12,7 @@ from .errors import FileError
 from .files import json_text
 from .merge import describe
 from .methods import MergeMethod
+from .scenes import scene_lines, scenes_of
 from .stacks import Task
 from .version import VERSION
 
@@ -57,7 +58,7 @@ def merge_metadata(
         if calibration is None
         else {
             "model": calibration.model,
-            "settings": dict(calibration.settings),
+            "settings": _settings(calibration, records),
             "strengths": [[r.strength_model, r.strength_clip] for r in calibration.tasks],
         },
         **(extra or {}),
@@ -69,6 +70,14 @@ def merge_metadata(
         "modelspec.title": title,
         "modelspec.description": f"SSR-Merge {VERSION}, {describe(method)}",
     }
+
+
+def _settings(calibration: Calibration, records: Sequence[int]) -> dict[str, object]:
+    """How the passes ran; joint prompts as they apply to the LoRAs of this merge, by their numbers in it."""
+    if not calibration.scenes:
+        return dict(calibration.settings)
+    joint, neutral = scene_lines(scenes_of(calibration.scenes, [record for record in records if record >= 0])[1])
+    return {**calibration.settings, "joint_prompts": joint, "neutral_prompts": neutral}
 
 
 def _calibrated_at(calibration: Calibration | None, record: int) -> list[float] | None:

@@ -22,7 +22,7 @@ from .adapters import LoRALayer
 from .canonical import balance
 from .gram import GramStats
 from .refinement import weighted_tokens
-from .router import correlation, pooled
+from .router import correlation, pooled, pooled_scenes
 from .sampling import InputSample
 from .stacks import LayerStack
 
@@ -93,21 +93,28 @@ def watched(stack: LayerStack, stats: GramStats, device: torch.device, balanced:
         return None
     rows = stack.basis.to(device, torch.float64)
     gram = correlation(pooled(stats.gram.to(device, torch.float64), stats.tokens.to(device), balanced))
+    seen = stats.scenes
+    if seen is not None:
+        scenes = seen.gram.to(gram)
+        gram = gram + correlation(pooled_scenes(scenes, seen.tokens.to(gram), stats.tokens.to(gram), balanced))
     values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
     keep = values > _NOISE * torch.finfo(stats.gram.dtype).eps * values[-1]
     if not bool(values[-1] > 0) or not bool(torch.isfinite(values).all()):
         return None
     root = vectors[:, keep] * values[keep].sqrt()
-    tokens = None if stats.samples is None else _tokens(stats.samples, stats.tokens, balanced, rows)
+    tokens = None
+    if stats.samples is not None and (seen is None or seen.samples is not None):
+        counts = stats.tokens if seen is None else torch.cat([stats.tokens, seen.tokens])
+        tokens = _tokens(stats.all_samples, counts / stats.tokens.sum(), balanced, rows)
     return Watched(rows, root, float(gram.diagonal().mean()), tokens)
 
 
-def _tokens(samples: Sequence[InputSample], tokens: Tensor, balanced: bool, like: Tensor) -> Tensor:
-    """(N, in): sampled inputs whose tasks weigh as in `pooled`."""
+def _tokens(samples: Sequence[InputSample], shares: Tensor, balanced: bool, like: Tensor) -> Tensor:
+    """(N, in): sampled inputs whose tasks and scenes weigh as in `pooled`; `shares` are those of the tasks' tokens."""
     found, sizes = weighted_tokens(samples, like)
     if balanced:
         return found
-    share = (tokens / tokens.sum()).sqrt().to(like)
+    share = shares.sqrt().to(like)
     return found * share.repeat_interleave(torch.tensor(sizes, device=like.device))[:, None]
 
 

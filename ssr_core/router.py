@@ -37,6 +37,18 @@ def pooled(grams: Tensor, tokens: Tensor, balanced: bool) -> Tensor:
     return grams / tokens.sum().clamp_min(1e-300)
 
 
+def pooled_scenes(scenes: Tensor, counts: Tensor, tokens: Tensor, balanced: bool) -> Tensor:
+    """Scale the scenes' Grams (J, R, R) as `pooled` scales the tasks'.
+
+    Args:
+        scenes: Second moments of scenes.
+        counts: (J,) number of their tokens.
+        tokens: (K,) number of the tasks' tokens.
+        balanced: A scene weighs as much as a task; else all tokens weigh the same.
+    """
+    return pooled(scenes, counts if balanced else tokens.sum().expand(len(counts)), balanced=True)
+
+
 def correlation(grams: Tensor) -> Tensor:
     """G = sum_k S_k, (R, R)."""
     return grams.sum(dim=0)

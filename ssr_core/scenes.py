@@ -136,6 +136,12 @@ def parse_scenes(joint: Sequence[str], neutral: Sequence[str], names: Sequence[s
     return (*found, *(Scene(line) for line in map(str.strip, neutral) if line))
 
 
+def scene_lines(scenes: Sequence[Scene]) -> tuple[list[str], list[str]]:
+    """Lines that `parse_scenes` reads as these scenes: joint ones by number, and neutral ones."""
+    joint = [f"[{', '.join(str(task + 1) for task in one.tasks)}] {one.prompt}" for one in scenes if one.tasks]
+    return joint, [one.prompt for one in scenes if not one.tasks]
+
+
 def _chosen(wanted: str, names: Sequence[str]) -> int:
     """Index of the LoRA that a joint prompt names."""
     wanted = wanted.strip()

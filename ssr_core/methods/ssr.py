@@ -14,7 +14,7 @@ from ..diagnostics import scene_errors
 from ..errors import SolveError
 from ..gram import GramStats
 from ..refinement import refine, sampled_grams
-from ..router import Anchor, anchor_router, correlation, guide, pooled, solve, with_scenes
+from ..router import Anchor, anchor_router, correlation, guide, pooled, pooled_scenes, solve, with_scenes
 from ..scenes import SceneStats, selectors
 from ..stacks import LayerStack
 from .base import CanonicalProblem, MergedFactors, RouterView, absorb, canonical_problem
@@ -136,8 +136,7 @@ class SSRMerge:
         q, g = guide(grams, problem.ranks), correlation(grams)
         if problem.scenes is not None and stats is not None and stats.scenes is not None and stats.complete:
             seen = stats.scenes
-            weighed = seen.tokens if self.balance else stats.tokens.sum().expand(len(seen.tokens))
-            scenes = pooled(problem.scenes, weighed.to(g.device), balanced=True)
+            scenes = pooled_scenes(problem.scenes, seen.tokens.to(g), stats.tokens.to(g), self.balance)
             q, g = with_scenes(q, g, scenes, selectors(seen.active.to(g.device), problem.ranks))
         g = (g + g.T) / 2
         own = g.diagonal()

@@ -23,6 +23,7 @@ from torch import nn
 
 from ssr_core import (
     CalibrationError,
+    CompressOptions,
     FileError,
     IncompatibleError,
     PaperMerge,
@@ -33,9 +34,11 @@ from ssr_core import (
     build_stacks,
     calibrate,
     combine,
+    compress,
     keep,
     load_calibration,
     merge,
+    merge_metadata,
     parse_scenes,
     save_calibration,
 )
@@ -246,6 +249,35 @@ def test_lines_become_scenes():
             parse_scenes([wrong], [], names)
     with pytest.raises(IncompatibleError, match="several"):
         parse_scenes(["[x, y] z"], [], ["a/x.safetensors", "b/x.safetensors", "y"])
+
+
+def test_metadata_names_the_scenes_of_the_merged_loras():
+    """A subset's file says by number, among its own LoRAs, which joint prompts were in force."""
+    calibration = calibrated()
+    for tasks, joint in (
+        (TASKS, ["[1, 2] both", "[1, 2, 3] everyone"]),
+        ([TASKS[1], TASKS[0]], ["[1, 2] both"]),
+        ([TASKS[2], TASKS[0]], []),
+    ):
+        settings = json.loads(merge_metadata(tasks, SSRMerge(), calibration)["ssr_merge"])["calibration"]["settings"]
+        assert settings["joint_prompts"] == joint
+        assert settings["neutral_prompts"] == ["nobody"]
+        names = [one.name for one in tasks]
+        places = [TASKS.index(one) for one in tasks]
+        assert parse_scenes(joint, ["nobody"], names) == keep(calibration, places).scenes
+
+
+def test_compression_counts_scenes_among_the_calibrated_outputs():
+    """The error that a truncation states is the one on all passes' tokens."""
+    calibration = calibrated()
+    result = merge(TASKS, SSRMerge(refine=False), calibration, dtype=F64)
+    small, report = compress(result, CompressOptions("rank", 2, 0.0), TASKS, calibration)
+    whole, less = result.layers[LAYER].delta(F64), small.layers[LAYER].delta(F64)
+    error = energy = 0.0
+    for x in (*TOKENS, *SEEN):
+        error += float((x @ (whole - less).T).square().sum()) / len(x)
+        energy += float((x @ whole.T).square().sum()) / len(x)
+    assert report.layers[0].error == pytest.approx((error / energy) ** 0.5, rel=1e-6)
 
 
 def test_scenes_without_a_pass_are_refused():
