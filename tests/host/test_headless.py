@@ -21,6 +21,7 @@ from .merging import SEED, MergeGraph, Task
 
 FAMILY = "sd15"
 PROMPTS = (("a photo of a red fox", "a fox in the snow"), ("a watercolour of a heron",))
+JOINT, NEUTRAL = "[2, headless_80] a fox and a heron", "an empty street"
 EQUAL = 1e-5
 """Relative difference of float32 factors that were solved twice."""
 
@@ -64,7 +65,16 @@ def recipe_of(tasks):
             {"name": task.file.name, "strength_model": task.strength, "prompts": list(prompts)}
             for task, prompts in zip(tasks, PROMPTS, strict=True)
         ],
-        "calibration": {"settings": {"seed": SEED, "steps": 2, "width": 128, "height": 128}},
+        "calibration": {
+            "settings": {
+                "seed": SEED,
+                "steps": 2,
+                "width": 128,
+                "height": 128,
+                "joint_prompts": [JOINT],
+                "neutral_prompts": NEUTRAL,
+            }
+        },
     }
 
 
@@ -84,7 +94,8 @@ def node_file(server, base):
         for task, prompts in zip(tasks, PROMPTS, strict=True)
     ]
     model, clip = graph.checkpoint(FAMILY), graph.add("TinyCLIP", kind=FAMILY, seed=0)
-    merged = graph.join("SSRMerge", loras, model=model, clip=clip, steps=2)
+    scenes = {"joint_prompts": JOINT, "neutral_prompts": NEUTRAL}
+    merged = graph.join("SSRMerge", loras, model=model, clip=clip, steps=2, **scenes)
     saved = graph.save(merged, "headless_whole")
     small = graph.pack(
         "SSRCompress",

@@ -6,6 +6,8 @@ from compress_graph import COMPRESS
 from workflow_parts import FLUX, SDXL, WAN, lora, moved, note, sampling, wan_sampling
 
 TOGETHER = "a photo of sks dog and zwx cat sitting together on a sofa"
+STYLED = "sks dog in a meadow, in wtrclr style"
+BOTH = {"width": 512, "height": 512, "joint_prompts": TOGETHER}
 ONE = lora("one", 300, "subject_one.safetensors", "a photo of sks dog\nsks dog sitting in a garden", "First subject")
 TWO = lora("two", 740, "subject_two.safetensors", "a photo of zwx cat\nzwx cat lying on a sofa", "Second subject")
 MERGE = {"model": "ckpt.0", "clip": "ckpt.1", "loras.lora0": "one.0", "loras.lora1": "two.0"}
@@ -15,7 +17,7 @@ GRAPHS = {
         *SDXL,
         ONE,
         TWO,
-        ("merge", "SSRMerge", 440, 150, {"width": 512, "height": 512}, MERGE, None),
+        ("merge", "SSRMerge", 440, 150, BOTH, MERGE, None),
         ("report", "PreviewAny", 440, 1180, {}, {"source": "merge.4"}, "Report"),
         *sampling("a", "merge.0", "merge.1", "ckpt.2", 0, TOGETHER),
         note(
@@ -23,7 +25,8 @@ GRAPHS = {
             0,
             -190,
             "**Two subjects in one picture.** Choose your two LoRA files, and write into each SSR LoRA what "
-            "that LoRA alone shows, with its trigger word. Then name both in your prompt.",
+            "that LoRA alone shows, with its trigger word. Then name both in your prompt, and write that prompt into "
+            "joint_prompts too: a pass with both LoRAs teaches the merge to keep both.",
         ),
     ],
     "subject_and_style": [
@@ -35,18 +38,19 @@ GRAPHS = {
             "SSRMerge",
             440,
             150,
-            {"width": 512, "height": 512},
+            {"width": 512, "height": 512, "joint_prompts": STYLED},
             {"model": "unet.0", "clip": "clips.0", "loras.lora0": "one.0", "loras.lora1": "two.0"},
             None,
         ),
         ("report", "PreviewAny", 440, 1180, {}, {"source": "merge.4"}, "Report"),
-        *sampling("a", "merge.0", "merge.1", "vae.0", 0, "sks dog in a meadow, in wtrclr style", flux=True),
+        *sampling("a", "merge.0", "merge.1", "vae.0", 0, STYLED, flux=True),
         note(
             "note",
             0,
             -190,
             "**A subject in a style.** The subject's prompt names the subject, the style's prompt names "
-            "something else in that style: the difference is what the router learns.",
+            "something else in that style: the difference is what the router learns. joint_prompts is the picture that "
+            "shows both: without it the style would be dropped there.",
         ),
     ],
     "np_lora_subject_and_style": [
@@ -64,7 +68,7 @@ GRAPHS = {
         ),
         ("report", "PreviewAny", 440, 940, {}, {"source": "merge.3"}, "Report"),
         ("savelora", "SSRSaveLoRA", 900, 760, {"filename_prefix": "loras/dog_in_style"}, {"lora": "merge.2"}, None),
-        *sampling("a", "merge.0", "merge.1", "vae.0", 0, "sks dog in a meadow, in wtrclr style", flux=True),
+        *sampling("a", "merge.0", "merge.1", "vae.0", 0, STYLED, flux=True),
         note(
             "note",
             0,
@@ -78,7 +82,7 @@ GRAPHS = {
         *SDXL,
         ONE,
         TWO,
-        ("calibrate", "SSRCalibrate", 440, 0, {"width": 512, "height": 512}, MERGE, None),
+        ("calibrate", "SSRCalibrate", 440, 0, BOTH, MERGE, None),
         (
             "solve1",
             "SSRSolve",
@@ -111,7 +115,7 @@ GRAPHS = {
         *SDXL,
         ONE,
         TWO,
-        ("calibrate", "SSRCalibrate", 440, 0, {"width": 512, "height": 512}, MERGE, None),
+        ("calibrate", "SSRCalibrate", 440, 0, BOTH, MERGE, None),
         (
             "compare",
             "SSRCompare",
@@ -137,7 +141,7 @@ GRAPHS = {
         *SDXL,
         ONE,
         TWO,
-        ("merge", "SSRMerge", 440, 150, {"width": 512, "height": 512}, MERGE, None),
+        ("merge", "SSRMerge", 440, 150, BOTH, MERGE, None),
         ("savelora", "SSRSaveLoRA", 900, 0, {"filename_prefix": "loras/dog_and_cat"}, {"lora": "merge.2"}, None),
         (
             "savecal",
