@@ -168,5 +168,6 @@ def together(report: MergeReport, calibration: Calibration | None, routed: bool)
         return []
     return [
         "Calibration saw each LoRA alone. For several of them in one picture (two subjects, a subject in a style) "
-        "write that prompt into joint_prompts and run again; without it routing tends to keep one of them."
+        "write that prompt into joint_prompts of SSR Merge or SSR Calibrate and run that; without it routing tends to "
+        "keep one of them."
     ]
