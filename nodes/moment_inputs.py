@@ -39,6 +39,6 @@ def moment_inputs() -> list[io.Input]:
             max=4096,
             advanced=True,
             tooltip="Columns of the sketch of wide layers. It knows about as many directions; of the others it knows the "
-            "total energy, so that the report gives a bound or a range.",
+            "total energy, so that the report gives estimates with bounds.",
         ),
     ]

@@ -174,6 +174,15 @@ class InputMoments:
         seen = (rows @ self.spectrum.vectors) * self.spectrum.values.sqrt()
         return seen @ seen.T
 
+    def filled_gram(self, rows: Tensor) -> Tensor:
+        """The same, estimated: what a sketch does not know is taken as spread evenly over the directions outside."""
+        gram = self.gram_of(rows)
+        if self.exact:
+            return gram
+        rows = rows.to(gram)
+        known = rows @ self.spectrum.vectors
+        return gram + self.unexplained * (rows @ rows.T - known @ known.T)
+
 
 class MomentsAccumulator:
     """Running second moments of one layer during one task's passes; stays on the device.

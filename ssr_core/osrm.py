@@ -104,12 +104,15 @@ class InitReport:
         tokens: Samples or tokens of the others that it saw.
         seen: Energy of the others' inputs in down's rows, relative to that in random orthonormal rows
             (rank / d of the trace).
-        bound: The same at most, where the moments are a sketch; equal to `seen` where they are exact.
+        likely: The same with an estimate of what a sketch does not know; equal to `seen` where the moments
+            are exact.
+        bound: The same at most.
     """
 
     target: Target
     tokens: float
     seen: float
+    likely: float
     bound: float
 
 
@@ -211,10 +214,11 @@ def _by_input(
 def _init_report(target: Target, down: Tensor, moments: InputMoments, tokens: float) -> InitReport:
     chance = moments.trace * down.shape[0] / moments.width
     if chance <= 0:
-        return InitReport(target, tokens, 0.0, 0.0)
+        return InitReport(target, tokens, 0.0, 0.0, 0.0)
     seen = max(0.0, float(moments.gram_of(down).trace()))
-    rest = 0.0 if moments.exact else moments.spectrum.rest
-    return InitReport(target, tokens, seen / chance, (seen + rest) / chance)
+    most = seen + (0.0 if moments.exact else moments.spectrum.rest)
+    likely = min(max(seen, float(moments.filled_gram(down).trace())), most)
+    return InitReport(target, tokens, seen / chance, likely / chance, most / chance)
 
 
 def init_markdown(result: InitResult, rank: int, names: Sequence[str], features: Features = "means") -> str:
@@ -226,15 +230,12 @@ def init_markdown(result: InitResult, rank: int, names: Sequence[str], features:
         f"{len(reports)} layers of rank {rank} start outside the inputs of: {', '.join(names)}.",
     ]
     if reports:
-        mean = math.fsum(one.seen for one in reports) / len(reports)
+        mean = math.fsum(one.likely for one in reports) / len(reports)
         bound = math.fsum(one.bound for one in reports) / len(reports)
-        lines += [
-            "",
-            f"Energy of those inputs in the rows of down, against random rows: {mean:.2e} on average over the layers"
-            + (f", {bound:.2e} at most (wide layers are sketched)." if bound > mean else "."),
-        ]
-        worst = max(reports, key=lambda one: one.bound)
-        lines.append(f"Largest: {worst.bound:.2e} in {worst.target}, which saw {worst.tokens:.0f} samples or tokens.")
+        most = f" (an estimate, as wide layers are sketched; {bound:.2e} at most)" if bound > mean else ""
+        lines.append(f"\nEnergy of those inputs in the rows of down, against random rows: {mean:.2e} on average{most}.")
+        worst = max(reports, key=lambda one: one.likely)
+        lines.append(f"Largest: {worst.likely:.2e} in {worst.target}, which saw {worst.tokens:.0f} samples or tokens.")
         if features == "means" and worst.tokens < FEW_MEANS:
             lines += ["", f"Warning: {worst.tokens:.0f} means say little about single tokens. {FEW_MEANS_REMEDY}"]
     reasons: dict[str, list[Target]] = {}

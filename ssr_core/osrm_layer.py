@@ -107,24 +107,15 @@ def _contrast(down: Tensor, own: InputMoments | None, others: InputMoments, opti
     else:
         own = own.per_token()
         basis, kept = _joint_basis(own, theirs), own.unexplained
-        mine, power = _filled(own, basis), power + own.trace / own.width
+        mine, power = own.filled_gram(basis.T), power + own.trace / own.width
     if power <= 0:
         return torch.zeros_like(down)
-    gram = options.strength * _filled(theirs, basis)
+    gram = options.strength * theirs.filled_gram(basis.T)
     total = mine + gram + options.ridge * power * torch.eye(basis.shape[1]).to(basis)
     reached = down @ basis
     taken: Tensor = torch.linalg.solve(total, (reached @ gram).T).T
     beyond = outside / (kept + outside + options.ridge * power)
     return taken @ basis.T + beyond * (down - reached @ basis.T)
-
-
-def _filled(moments: InputMoments, basis: Tensor) -> Tensor:
-    """(p, p): C in a basis that spans all that is known of it, the rest spread evenly over what is not known."""
-    gram = moments.gram_of(basis.T)
-    if moments.exact:
-        return gram
-    known = basis.T @ moments.spectrum.vectors
-    return gram + moments.unexplained * (torch.eye(len(known)).to(known) - known @ known.T)
 
 
 def _joint_basis(own: InputMoments, theirs: InputMoments) -> Tensor:
@@ -138,21 +129,24 @@ def _joint_basis(own: InputMoments, theirs: InputMoments) -> Tensor:
 
 
 class Range(NamedTuple):
-    """What is known of a number: it lies between these; equal where it is exact."""
+    """What is known of a number: between which two it lies, and an estimate. All are equal where it is exact."""
 
     low: float
+    likely: float
     high: float
 
     def over(self, other: Range) -> Range:
         """The quotient of two that are not negative."""
-        return Range(self.low / max(other.high, 1e-300), self.high / max(other.low, 1e-300))
+        low, likely, high = (max(one, 1e-300) for one in other)
+        return Range(self.low / high, self.likely / likely, self.high / low)
 
 
 def energy(layer: LoRALayer, moments: InputMoments, minus: LoRALayer | None = None) -> Range:
     """Mean squared norm of a layer's output, or of the difference of two, over the tokens: tr(dW C dW^T).
 
-    Of a sketch C' <= C it is known within `tr(C - C') |dW|_2^2`: a refit fits what the sketch knows, so
-    that its lower bound alone would flatter it.
+    Of a sketch C' <= C it is known within `tr(C - C') |dW|_2^2`, and estimated as if `C - C'` were spread
+    evenly over the directions outside: a refit fits what the sketch knows, so that its lower bound alone
+    would flatter it.
 
     Args:
         layer: The change dW; never made dense.
@@ -161,18 +155,20 @@ def energy(layer: LoRALayer, moments: InputMoments, minus: LoRALayer | None = No
     """
     up, down = _difference(layer, minus, moments.total.device)
     known = moments.per_token()
-    least = max(0.0, float(((up.T @ up) * known.gram_of(down)).sum()))
+    outer = up.T @ up
+    least = max(0.0, float((outer * known.gram_of(down)).sum()))
     if known.exact:
-        return Range(least, least)
+        return Range(least, least, least)
     core = torch.linalg.qr(up)[1] @ torch.linalg.qr(down.T)[1].T
-    return Range(least, least + known.spectrum.rest * float(torch.linalg.matrix_norm(core, 2)) ** 2)
+    most = least + known.spectrum.rest * float(torch.linalg.matrix_norm(core, 2)) ** 2
+    return Range(least, min(max(least, float((outer * known.filled_gram(down)).sum())), most), most)
 
 
 def white_energy(layer: LoRALayer, power: float, minus: LoRALayer | None = None) -> Range:
     """The same for inputs with this power in every direction: power * tr(dW dW^T)."""
     up, down = _difference(layer, minus, layer.up.device)
     value = max(0.0, power * float(((up.T @ up) * (down @ down.T)).sum()))
-    return Range(value, value)
+    return Range(value, value, value)
 
 
 def _difference(layer: LoRALayer, minus: LoRALayer | None, device: torch.device) -> tuple[Tensor, Tensor]:

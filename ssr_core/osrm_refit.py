@@ -40,8 +40,8 @@ class RefitLayerReport:
     Attributes:
         target: Module and rows.
         kept: Share of the energy of its function that the change leaves standing: 1 less the energy of the
-            difference over that of the function, on its own inputs. Below 0 if it does harm. A range, as
-            the others: of sketched inputs no more is known.
+            difference over that of the function, on its own inputs. Below 0 if it does harm. An estimate
+            between bounds, as the others, where the inputs are sketched.
         judged_by: What `kept` was taken over: its own inputs; or its weights, because its own prompts
             "never reached" it, because their tokens were "not finite", or because they "leave it silent".
         before: Energy of its outputs on the others' inputs, relative to that on its own (or, for lack of
@@ -100,7 +100,7 @@ def compare(
     lost = change.over(function)
     return RefitLayerReport(
         target,
-        Range(1 - lost.high, 1 - lost.low),
+        Range(1 - lost.high, 1 - lost.likely, 1 - lost.low),
         judged_by,
         energy(old, others).over(function),
         energy(new, others).over(function),
@@ -165,17 +165,16 @@ def osrm_refit(
 
 
 def _median(values: Sequence[Range]) -> Range:
-    """Of both ends; nan without any. The median of the true values lies between them."""
+    """Of bounds and estimates, each; nan without any. The median of the true values lies between the bounds'."""
     if not values:
-        return Range(math.nan, math.nan)
-    low, high = (median(side) for side in zip(*values, strict=True))
-    return Range(low, high)
+        return Range(math.nan, math.nan, math.nan)
+    return Range(*(median(side) for side in zip(*values, strict=True)))
 
 
 def _text(value: Range, unit: str = "", scale: float = 1.0) -> str:
-    """A number as people read it, or what it lies between."""
-    low, high = (f"{scale * one:.3g}" for one in value)
-    return (low if low == high else f"{low} to {high}") + unit
+    """A number as people read it, and what it lies between where it is an estimate."""
+    low, likely, high = (f"{scale * one:.3g}" for one in value)
+    return f"{likely}{unit}" + ("" if low == high else f" ({low} to {high})")
 
 
 def _settings(options: RefitOptions) -> str:
@@ -210,13 +209,13 @@ def refit_markdown(reports: Sequence[RefitReport], options: RefitOptions) -> str
     if any(one.after.low < one.after.high for report in reports for one in report.layers):
         lines += [
             "",
-            "From ... to: wide layers are sketched, and the truth lies in between: of what the sketch does "
-            "not know, only the total energy is known. A larger exact_limit or sketch narrows it down.",
+            "Wide layers are sketched: these figures are estimates that take the energy outside the sketch as spread "
+            "evenly, and the truth lies between those in brackets. A larger exact_limit or sketch narrows them down.",
         ]
     for report in reports:
-        worst = min(report.layers, key=lambda one: one.kept, default=None)
-        if worst is not None and report.kept.low < 0.5:
-            loses = "loses" if report.kept.high < 0.5 else "may lose"
+        worst = min(report.layers, key=lambda one: one.kept.likely, default=None)
+        if worst is not None and report.kept.likely < 0.5:
+            loses = "loses" if report.kept.high < 0.5 else "probably loses"
             lines.append(
                 f"\nWarning: {report.name} {loses} most of its own function (least is kept in {worst.target}). "
                 f"{_REMEDY[options.mode]}"
