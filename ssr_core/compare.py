@@ -50,12 +50,6 @@ class Row:
     seconds: float = 0.0
     refused: str = ""
 
-    @property
-    def score(self) -> float:
-        """What rows are ranked by: the held-out error, the other where there is none; infinite for a refusal."""
-        values = [value for value in (self.held_error, self.error) if math.isfinite(value)]
-        return values[0] if values and not self.refused else math.inf
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -66,12 +60,24 @@ class Comparison:
         rows: In the order that was asked for.
         measured: Layers that every method measured, which all rows are about.
         known: Layers that at least one method measured.
+        judged: Layers that the held-out errors are about.
     """
 
     tasks: tuple[str, ...]
     rows: tuple[Row, ...]
     measured: int = 0
     known: int = 0
+    judged: int = 0
+
+    @property
+    def held_out(self) -> bool:
+        """Whether rows are ranked by the held-out error: where any has one. Else by the calibration error."""
+        return any(math.isfinite(row.held_error) for row in self.rows)
+
+    def score(self, row: Row) -> float:
+        """What a row is ranked by, the same kind of error for all; infinite for one that has none, or is refused."""
+        value = row.held_error if self.held_out else row.error
+        return math.inf if row.refused or math.isnan(value) else value
 
     @property
     def best(self) -> int:
@@ -80,9 +86,10 @@ class Comparison:
         Raises:
             IncompatibleError: No method applies.
         """
-        index = min(range(len(self.rows)), key=lambda i: (self.rows[i].score, bool(self.rows[i].refused)))
-        if self.rows[index].refused:
-            raise IncompatibleError("none of the methods applies.", remedy=self.rows[index].refused)
+        rows = self.rows
+        index = min(range(len(rows)), key=lambda i: (self.score(rows[i]), bool(rows[i].refused)))
+        if rows[index].refused:
+            raise IncompatibleError("none of the methods applies.", remedy=rows[index].refused)
         return index
 
     def to_markdown(self, chosen: int) -> str:
@@ -108,23 +115,34 @@ class Comparison:
         if not self.known:
             return []
         less = " The others are left out, so that every line is about the same layers." * (self.measured < self.known)
+        ranked = "calibration error: no tokens were held out, and it flatters methods that fit calibration's own"
+        if self.held_out:
+            part = f", which is about {self.judged} of them" * (self.judged < self.measured)
+            ranked = f"held-out error{part}"
         lines = [f"Measured by every method: {self.measured} of {self.known} layers.{less}", ""]
+        lines += [f"Ranked by the {ranked}.", ""]
         for row in self.rows:
-            if not row.refused and not math.isfinite(row.score):
-                lines += [f"- {row.label}: its answer cannot be measured in any of these layers."]
+            if row.refused or math.isfinite(self.score(row)):
+                continue
+            if math.isfinite(row.error):
+                lines.append(
+                    f"- {row.label}: not ranked. It has no held-out error (the tokens that were not held out leave it "
+                    "no answer), and its calibration error is not comparable with the others' held-out errors."
+                )
+            else:
+                lines.append(f"- {row.label}: its answer cannot be measured in any of these layers.")
         return lines
 
     def _advice(self, chosen: int) -> str:
         best, mine = self.rows[self.best], self.rows[chosen]
-        if not math.isfinite(best.score):
+        least, error = self.score(best), self.score(mine)
+        if not math.isfinite(least):
             return "Connect a calibration whose LoRAs share layers: without one the methods cannot be told apart."
-        if best.score >= mine.score:
-            return f"Use {mine.label}: no other has a smaller error here ({mine.score:.3f}). Look at pictures as well."
+        if least >= error:
+            return f"Use {mine.label}: no other has a smaller error here ({error:.3f}). Look at pictures as well."
+        used = f"error {error:.3f}" if math.isfinite(error) else "not ranked"
         line = self.best + 1
-        return (
-            f"You use {mine.label} (error {mine.score:.3f}); {best.label} has {best.score:.3f}: set choose to {line}, "
-            "or to best."
-        )
+        return f"You use {mine.label} ({used}); {best.label} has {least:.3f}: set choose to {line}, or to best."
 
 
 def compare(
@@ -169,7 +187,7 @@ def compare(
     held, _ = _shared([[layer for layer in one.layers if layer.held_errors] for one in reports.values()])
     for index, report in reports.items():
         rows[index] = _scored(rows[index], report, measured, held)
-    return Comparison(tuple(task.name for task in tasks), tuple(rows), len(measured), known)
+    return Comparison(tuple(task.name for task in tasks), tuple(rows), len(measured), known, len(held))
 
 
 def _shared(layers: Sequence[Sequence[LayerReport]]) -> tuple[set[Target], int]:

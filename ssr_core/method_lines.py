@@ -8,10 +8,10 @@ from .errors import IncompatibleError
 from .methods import METHODS, MergeMethod
 
 _YES, _NO = ("true", "on", "yes", "1"), ("false", "off", "no", "0")
-OSRM_NAMES = ("osrm", "osrm_refit")
 OSRM_REASON = (
-    "OSRM Refit changes the LoRAs themselves and needs the layers' whole inputs; a calibration keeps only what the "
-    "LoRAs read of them. Run OSRM Refit, calibrate its LoRAs and compare those."
+    "OSRM Refit is no merge: it changes the LoRAs themselves, before they are calibrated. Put it before SSR Calibrate "
+    "and connect a second SSR Compare there. Its errors are about the changed LoRAs; what they kept of the old ones is "
+    "in OSRM Refit's report."
 )
 
 
@@ -26,7 +26,7 @@ def parse_method(line: str) -> MergeMethod:
     """
     words = line.split()
     name = words[0].lower() if words else ""
-    if name in OSRM_NAMES:
+    if name.startswith("osrm"):
         raise IncompatibleError(OSRM_REASON)
     if name not in METHODS:
         raise IncompatibleError(f"there is no method {name!r}.", remedy=f"use one of {', '.join(METHODS)}.")

@@ -57,7 +57,9 @@ def test_lines(line, method):
         ("np_lora protected=x", "protected"),
         ("np_lora energy=2", "energy"),
         ("sum ridge=1", "it has none"),
-        ("osrm_refit", "whole inputs"),
+        ("osrm_refit", "before SSR Calibrate"),
+        ("OSRM Refit", "before SSR Calibrate"),
+        ("osrm-refit mode=contrast", "before SSR Calibrate"),
     ],
 )
 def test_lines_that_mean_nothing_say_what_would(line, word):
@@ -73,7 +75,8 @@ def test_every_method_can_be_written_as_a_line(name):
 
 def test_rows_are_the_reports_of_the_methods():
     lines = ["ssr ridge=0.3", "sum", "np_lora mu=1", "osrm"]
-    rows = compare(TASKS, lines, CALIBRATION).rows
+    comparison = compare(TASKS, lines, CALIBRATION)
+    rows = comparison.rows
     assert [row.label for row in rows] == lines
     for row, method in zip(rows, (SSRMerge(0.3), SumMerge(), NPLoRAMerge(1.0)), strict=False):
         result = merge(TASKS, method, CALIBRATION)
@@ -81,7 +84,7 @@ def test_rows_are_the_reports_of_the_methods():
         assert row.error == pytest.approx(output_error(delta, deltas_of(TASKS), TOKENS), rel=1e-8)
         assert row.held_error == result.report.reconstruction_error(held_out=True)
         assert math.isfinite(row.seconds) and not row.refused
-    assert rows[3].refused and rows[3].score == math.inf
+    assert rows[3].refused and comparison.score(rows[3]) == math.inf and comparison.held_out
 
 
 def test_what_is_kept_and_what_leaks_against_branches():
@@ -102,6 +105,27 @@ def test_the_best_is_judged_on_held_out_tokens():
     text = comparison.to_markdown(0)
     assert "set choose to 2" in text.splitlines()[-1] and "- c: not applicable. No." in text
     assert "no other has a smaller error" in comparison.to_markdown(1)
+
+
+def test_rows_without_a_held_out_error_are_not_ranked_against_others():
+    """Without a ridge eight tokens are fitted to the letter at rank eight, and six leave no answer."""
+    tasks = conflicting_tasks(2, OUT, IN, 4, seed=3)
+    calibration = calibrated(linear64(IN, OUT), tasks, [[task_tokens(5, 4, IN)], [task_tokens(6, 4, IN)]])
+    comparison = compare(tasks, ["ssr ridge=0", "sum"], calibration)
+    fitted, total = comparison.rows
+    assert fitted.error < 1e-4 < total.held_error and math.isnan(fitted.held_error) and not fitted.refused
+    assert comparison.best == 1 and comparison.judged == 1
+    text = comparison.to_markdown(0)
+    assert "- ssr ridge=0: not ranked." in text and "Ranked by the held-out error." in text
+    assert f"You use ssr ridge=0 (not ranked); sum has {total.held_error:.3f}: set choose to 2" in text
+
+
+def test_without_held_out_tokens_the_table_says_what_it_ranks_by():
+    rows = (Row("a", "a", 0.3), Row("b", "b", 0.2))
+    text = Comparison(("x",), rows, 3, 3).to_markdown(1)
+    assert "Ranked by the calibration error: no tokens were held out" in text and "not ranked" not in text
+    rows = (Row("a", "a", 0.3, 0.4), Row("b", "b", 0.2, 0.5))
+    assert "Ranked by the held-out error, which is about 2 of them." in Comparison(("x",), rows, 3, 3, 2).to_markdown(1)
 
 
 def test_without_statistics_nothing_can_be_told_apart():
@@ -149,7 +173,7 @@ def test_a_method_that_measures_nothing_does_not_blind_the_others():
     root = nn.ModuleDict({"qkv": linear64(IN, 18)})
     calibration = calibrate(root, tasks, build_stacks(tasks), lambda index, tap: root["qkv"](TOKENS[index]))
     comparison = compare(tasks, ["np_lora", "sum"], calibration)
-    assert comparison.best == 1 and math.isfinite(comparison.rows[1].score)
+    assert comparison.best == 1 and math.isfinite(comparison.score(comparison.rows[1]))
     assert "- np_lora: its answer cannot be measured" in comparison.to_markdown(1)
 
 
