@@ -7,10 +7,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from .kohya import adapted_layers, start_from
 from .merging import MergeGraph
 from .osrm import DOWN, FAMILIES, UP, downs, init, init_file, record, train, trained_file, write_lora_file
 from .quantised import latent_of
 from .reference import Recording
+from .weights import base_weights
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -131,6 +133,34 @@ def test_kohya_names_are_those_of_kohyas_trainers(server, base):
     assert "lora_unet_double_blocks_0_img_attn_qkv" + DOWN in third
     with safe_open(init_file(result, kohya), "pt") as file:
         assert file.metadata()["ss_network_dim"] == "4" and file.metadata()["ss_network_alpha"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("family", "beside"),
+    [
+        ("sd15", {"conv_in", "conv_out", "time_embedding_linear_1", "time_embedding_linear_2"}),
+        ("sdxl", {"input_blocks_0_0", "out_2", *(f"{n}_{i}" for n in ("time_embed", "label_emb_0") for i in (0, 2))}),
+        (
+            "flux",
+            {"img_in", "txt_in", "final_layer_linear", "final_layer_adaLN_modulation_1"}
+            | {f"{n}_in_{side}_layer" for n in ("time", "vector", "guidance") for side in ("in", "out")},
+        ),
+        ("lumina2", {"x_embedder", "cap_embedder_1", "t_embedder_mlp_0", "t_embedder_mlp_2"}),
+    ],
+)
+def test_a_kohya_style_trainer_starts_from_the_file(server, base, family, beside):
+    """Every layer that it adapts takes down, up and alpha from the file; the rest are the embedders around them."""
+    graph = MergeGraph(server)
+    node = init(graph, family, (601,), f"network_weights_{family}", key_style="kohya", alpha=2.0)
+    tensors = load_file(init_file(server.run(graph.prompt).ok(), node))
+    layers = adapted_layers(family, base_weights(base, family))
+    network, dropped = start_from(tensors, layers)
+    assert len(layers) > 15 and {name for name, _ in network.named_children()} == set(layers)
+    for name, pair in network.named_children():
+        down = pair.lora_down.weight.detach().flatten(1)
+        assert float((down @ down.T - torch.eye(4)).abs().max()) < 1e-5, name
+        assert float(pair.alpha) == 2.0 and not pair.lora_up.weight.any(), name
+    assert dropped == {f"lora_unet_{name}" for name in beside}
 
 
 def test_prompts_and_the_text_encoder(server, base):

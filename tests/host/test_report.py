@@ -1,6 +1,7 @@
 """SSR Report, SSR Compare and the report beside a saved LoRA, through the real server."""
 
 import json
+import re
 
 import numpy
 import pytest
@@ -103,7 +104,7 @@ def rows_of(text):
     return {row[1]: row[2:] for row in cells}
 
 
-METHODS = ("ssr", "ssr ridge=0.5 anchor=gains", "paper", "gains", "sum", "average", "np_lora mu=1")
+METHODS = ("ssr", "ssr ridge=0.5 anchor=gains", "paper", "gains", "sum", "average")
 
 
 def test_a_comparison_has_the_numbers_of_each_method_alone(server, base):
@@ -123,7 +124,8 @@ def test_a_comparison_has_the_numbers_of_each_method_alone(server, base):
     result = server.run(graph.prompt).ok()
     text = result.text(table)
     rows = rows_of(text)
-    assert tuple(rows) == (*METHODS, "osrm") and "osrm: not applicable" in text
+    assert tuple(rows) == (*METHODS, "osrm") and "- osrm: not applicable. OSRM Refit is no merge" in text
+    assert "Ranked by the held-out error." in text
     for label, source in solved.items():
         report = read(result, source)
         expected = [report[f"reconstruction_error_{name}"]["result"] for name in ("held_out", "on_calibration")]
@@ -131,6 +133,16 @@ def test_a_comparison_has_the_numbers_of_each_method_alone(server, base):
     assert text.split("## ")[-1].startswith("What to do next")
     (page,) = pictures(base, result, node)
     assert len(numpy.unique(page.reshape(-1, 3), axis=0)) > 20
+
+
+def test_methods_that_cannot_measure_every_layer_say_how_many(server, base):
+    """NP-LoRA has no single router where one LoRA is fused and the other has q, k and v apart."""
+    _, tasks = pair(base, CASE)
+    graph, _, _, node = compared(server, tasks, methods="np_lora mu=1\nsum")
+    table = shown(graph, node, 3)
+    text = server.run(graph.prompt).ok().text(table)
+    assert re.search(r"Measured by every method: [1-9]\d* of \d+ layers\. The others are left out", text)
+    assert all(float(value) >= 0 for row in rows_of(text).values() for value in row)
 
 
 def test_the_best_is_handed_on_unless_another_is_chosen(server, base):
