@@ -24,6 +24,7 @@ examples:
   python headless merged.safetensors --comfyui ~/ComfyUI          make a merged file again from its metadata
   torchrun --nproc-per-node 4 headless recipe.json --comfyui ~/ComfyUI       share the passes
   python headless recipe.json --comfyui ~/ComfyUI -- --cpu        ComfyUI's own options come after --
+  python headless osrm.json --comfyui ~/ComfyUI         a recipe with osrm_init or osrm_refit: docs/headless.md
 
 docs/headless.md describes recipes; docs/recipe.schema.json is their schema."""
 
@@ -48,14 +49,20 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="headless",
         description="Merges LoRAs by a recipe with a ComfyUI installation, without its server: calibrates, merges, "
-        "reports, saves. The same recipe is in the metadata of every merged file.",
+        "reports, saves. The same recipe is in the metadata of every merged file. Also makes starts for training (OSRM "
+        "Init) and refits LoRAs (OSRM Refit).",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = made.add_argument
     add("recipe", nargs="?", type=Path, help="a recipe (JSON), or a merged .safetensors that is to be made again")
     add("--comfyui", metavar="PATH", help="folder with ComfyUI's main.py; default: $COMFYUI_PATH, or around the pack")
-    add("--output", type=Path, metavar="FILE", help="merged file; default: a numbered one in ComfyUI's output/loras")
+    add(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="merged file, or folder of refit LoRAs; default: numbered in output/loras",
+    )
     add("--overwrite", action="store_true", help="replace the output, its reports and the saved calibration")
     add("--save-calibration", type=Path, metavar="FILE", help="keep the calibration")
     add(
@@ -131,7 +138,7 @@ def _say(text: str) -> None:
 
 
 def _run(given: argparse.Namespace, host_options: Sequence[str]) -> int:
-    from ..ssr_core import FileError, SSRMergeError, check_graph, joined, largest_difference, read_recipe, rounding
+    from ..ssr_core import FileError, OSRMRecipe, SSRMergeError, check_graph, joined, read_any
     from . import installation
 
     first = os.environ.get("RANK", "0") == "0"
@@ -141,7 +148,7 @@ def _run(given: argparse.Namespace, host_options: Sequence[str]) -> int:
             raise FileError("--again takes a merged .safetensors.", file=str(given.recipe))
         if given.output is not None and given.output.resolve() == given.recipe.resolve():
             raise FileError("the output would replace what it is made from.", file=str(given.output), remedy=_OTHER)
-        recipe = read_recipe(given.recipe)
+        recipe = read_any(given.recipe)
         overrides = {
             "checkpoint": given.checkpoint,
             "unet": given.unet,
@@ -152,6 +159,10 @@ def _run(given: argparse.Namespace, host_options: Sequence[str]) -> int:
         recipe = replace(recipe, model=named) if named else recipe
         if again and not given.trust_graph:
             check_graph(recipe.model, given.recipe.name)
+        if isinstance(recipe, OSRMRecipe) and given.save_calibration is not None:
+            raise FileError(
+                "OSRM makes no calibration.", file=str(given.recipe), remedy="leave --save-calibration out."
+            )
         if given.check:
             _say("the recipe is right.")
             return OK
@@ -166,20 +177,37 @@ def _run(given: argparse.Namespace, host_options: Sequence[str]) -> int:
         gpu = None if "--cpu" not in host_options else False
         with _bar(started, shown=first and not given.quiet), joined(gpu) as ranks:
             wanted = work.Wanted(given.output, given.overwrite, given.save_calibration, given.recipe.absolute().parent)
-            path, remarks = work.carry_out(recipe, wanted, ranks)
-        for remark in (*recipe.remarks, *remarks) if first else ():
+            if isinstance(recipe, OSRMRecipe):
+                from . import osrm
+
+                paths, remarks = osrm.carry_out(recipe, wanted, ranks)
+            else:
+                paths, remarks = work.carry_out(recipe, wanted, ranks)
+                remarks = [*recipe.remarks, *remarks]
+        for remark in remarks if first else ():
             _say(remark)
-        if path is not None:
+        for path in paths:
             print(path)  # noqa: T201
-            if again:
-                difference, allowed = largest_difference(given.recipe, path), rounding(given.recipe)
-                _say(f"largest relative difference to {given.recipe.name}: {difference:.1e}")
-                if given.again and not difference <= allowed:
-                    raise FileError(f"it is another merge: rounding is at most {allowed:.1e}.", file=str(path))
+        if again and paths:
+            _compare(given, paths[0])
     except SSRMergeError as err:
         _say(str(err))
         return FAILED
     return OK
+
+
+def _compare(given: argparse.Namespace, made: Path) -> None:
+    """Say how far a merge made again is from the file that it was made from.
+
+    Raises:
+        FileError: Further than rounding, where --again insists.
+    """
+    from ..ssr_core import FileError, largest_difference, rounding
+
+    difference, allowed = largest_difference(given.recipe, made), rounding(given.recipe)
+    _say(f"largest relative difference to {given.recipe.name}: {difference:.1e}")
+    if given.again and not difference <= allowed:
+        raise FileError(f"it is another merge: rounding is at most {allowed:.1e}.", file=str(made))
 
 
 class _bar:  # noqa: N801

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -47,7 +48,7 @@ class Wanted:
     beside: Path
 
 
-def carry_out(recipe: Recipe, wanted: Wanted, ranks: Ranks) -> tuple[Path | None, list[str]]:
+def carry_out(recipe: Recipe, wanted: Wanted, ranks: Ranks) -> tuple[list[Path], list[str]]:
     """Load, calibrate, merge, compress, save.
 
     Args:
@@ -56,31 +57,50 @@ def carry_out(recipe: Recipe, wanted: Wanted, ranks: Ranks) -> tuple[Path | None
         ranks: Processes that share the calibration passes.
 
     Returns:
-        The merged file (None on all processes but the first), and sentences to print.
+        The merged file (nothing on all processes but the first), and sentences to print.
 
     Raises:
         SSRMergeError: Says what is wrong, where, and what to do.
     """
-    for path in _files(wanted) if not wanted.overwrite else ():
-        if path.exists():
-            raise FileError("a file of this name exists already.", file=str(path), remedy="give --overwrite.")
+    check_new(_files(wanted), wanted)
     with torch.inference_mode():  # as ComfyUI runs its nodes
-        chosen = model_graph(recipe.model)
-        load_packs(chosen.packs)
-        model, clip = run_graph(chosen.graph, (chosen.model, chosen.clip))
+        model, clip = opened(recipe.model)
         remarks = _identity_remarks(recipe, model)
         progress = host.Progress(model)
-        merging = tuple(_entry(source, wanted.beside) for source in recipe.sources)
+        merging = tuple(entry_of(source, wanted.beside) for source in recipe.sources)
         calibration, known, loaded = _calibration(recipe, merging, model, clip, progress, wanted, ranks)
         if ranks.rank > 0:
-            return None, remarks
+            return [], remarks
         if loaded is None or loaded.entries != loading.acting(merging, clip):
             loaded = loading.load(merging, model, clip, progress, known)
         merged, report = _merged(recipe, loaded, model, clip, calibration, progress)
         path = wanted.output or paths.output_path("loras/ssr_merged", ".safetensors")
         saving.save_lora(merged.lora, path, recipe.key_style, recipe.model, wanted.overwrite)
         _write_reports(path, merged, report, wanted.overwrite)
-    return path, remarks
+    return [path], remarks
+
+
+def check_new(paths: Sequence[Path], wanted: Wanted) -> None:
+    """Refuse to replace files, unless that is wanted.
+
+    Raises:
+        FileError: One exists.
+    """
+    for path in paths if not wanted.overwrite else ():
+        if path.exists():
+            raise FileError("a file of this name exists already.", file=str(path), remedy="give --overwrite.")
+
+
+def opened(model: Mapping[str, Any]) -> tuple[Any, Any | None]:
+    """MODEL and CLIP as a recipe says that they are loaded.
+
+    Raises:
+        FileError: It says nothing, or names a file or a pack that is not there.
+    """
+    chosen = model_graph(model)
+    load_packs(chosen.packs)
+    loaded, clip = run_graph(chosen.graph, (chosen.model, chosen.clip))
+    return loaded, clip
 
 
 def _files(wanted: Wanted) -> list[Path]:
@@ -104,7 +124,7 @@ def _identity_remarks(recipe: Recipe, model: Any) -> list[str]:
     return []
 
 
-def _entry(source: Source, beside: Path) -> entries.LoRAEntry:
+def entry_of(source: Source, beside: Path) -> entries.LoRAEntry:
     """A LoRA by its path, or by its name in the loras folders; its content is checked if the recipe knows it.
 
     Raises:
@@ -148,14 +168,15 @@ def _calibration(
     )
     loaded = loading.load(then, model, clip, progress)
     check_unsupported(loaded.tasks, cast(Any, recipe.unsupported))
-    calibration = passes.calibrate(loaded, model, clip, _calibration_options(recipe), progress, ranks)
+    calibration = passes.calibrate(loaded, model, clip, pass_options(recipe.settings), progress, ranks)
     if wanted.calibration is not None and ranks.rank == 0:
         save_calibration(calibration, wanted.calibration, wanted.overwrite)
     return calibration, pipeline.socket_of(calibration, loaded).known(model), loaded
 
 
-def _calibration_options(recipe: Recipe) -> options.CalibrationOptions:
-    given = dict(recipe.settings or {})
+def pass_options(settings: Mapping[str, Any] | None) -> options.CalibrationOptions:
+    """How to sample, by the settings of a recipe; what is absent is as in the nodes."""
+    given = dict(settings or {})
     values = {**PASS_DEFAULTS, **{name: given[name] for name in PASS_DEFAULTS if name in given}}
     if "sigmas" in given and given.get("custom_sigmas", True):
         values["sigmas"] = torch.tensor([*given["sigmas"], 0.0])  # what follows the last one is not evaluated

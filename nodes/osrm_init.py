@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..ssr_core import (
@@ -16,15 +14,13 @@ from ..ssr_core import (
     Adapter,
     CalibrationError,
     FileError,
-    IncompatibleError,
+    InitOptions,
     InitResult,
-    InputLayer,
-    KeyTarget,
     MomentOptions,
     Task,
     atomic_path,
     change_tensors,
-    input_layers,
+    init_markdown,
     osrm_init,
     write_safetensors,
 )
@@ -40,61 +36,6 @@ from .patches import reload_patches
 FOLDER = "loras"
 STEPS_MARK = "_steps_"
 """Core's Train LoRA reads the number before it as the steps that a file was trained for."""
-
-LayerChoice = Literal["linear", "all", "attention"]
-LAYER_CHOICES: tuple[LayerChoice, ...] = ("linear", "all", "attention")
-_ATTENTION = re.compile(r"attn|attention")
-
-InitStyle = Literal["comfy", "kohya"]
-INIT_STYLES: tuple[InitStyle, ...] = ("comfy", "kohya")
-
-
-@dataclass(frozen=True)
-class InitOptions:
-    """What the start looks like.
-
-    Attributes:
-        rank: Of every layer.
-        alpha: Of every layer.
-        layers: Which kinds of layers.
-        only: Regular expression that the path of a layer has to contain.
-        text_encoder: Whether layers of CLIP get a start too.
-        energy: Share of the others' energy that is avoided.
-        style: Names inside the file.
-        dtype: Of the factors.
-    """
-
-    rank: int
-    alpha: float
-    layers: LayerChoice
-    only: str
-    text_encoder: bool
-    energy: float
-    style: InitStyle
-    dtype: torch.dtype
-
-    def choose(self, key_map: Mapping[str, KeyTarget]) -> list[InputLayer]:
-        """The layers of the connected model that get a start.
-
-        Raises:
-            IncompatibleError: None does, or `only` is no regular expression.
-        """
-        try:
-            pattern = re.compile(self.only)
-        except re.error as err:
-            raise IncompatibleError(f"only = {self.only!r} is no regular expression ({err}).") from err
-        found = input_layers(key_map, "model") + (input_layers(key_map, "clip") if self.text_encoder else [])
-        chosen = [one for one in found if self._takes(one) and pattern.search(one.target.module_path)]
-        if not chosen:
-            raise IncompatibleError(
-                f"none of the model's {len(found)} layers is chosen.", remedy="change layers, or empty the field only."
-            )
-        return chosen
-
-    def _takes(self, layer: InputLayer) -> bool:
-        flat = all(size == 1 for size in layer.kernel)
-        named = self.layers != "attention" or _ATTENTION.search(layer.target.module_path) is not None
-        return named and (flat or self.layers == "all")
 
 
 def other_tasks(prompts: str, conditionings: Sequence[list[Any]], clip: Any | None) -> Loaded:
@@ -119,7 +60,25 @@ def other_tasks(prompts: str, conditionings: Sequence[list[Any]], clip: Any | No
     return Loaded(tuple(entries), tasks, {}, tuple({} for _ in entries))
 
 
-def make_init(
+def write_init(
+    path: Path,
+    loaded: Loaded,
+    model: Any,
+    clip: Any | None,
+    calibration: CalibrationOptions,
+    moments: MomentOptions,
+    options: InitOptions,
+    progress: host.Progress,
+    overwrite: bool = False,
+) -> str:
+    """Gather the others' inputs, make the start and write it; the report in words."""
+    result, tensors = _made(loaded, model, clip, calibration, moments, options, progress)
+    unet, text = host.core_key_map(model, clip)
+    _save(path, result, tensors, loaded, moments, options, {**unet, **text}, overwrite)
+    return init_markdown(result, options.rank, [entry.name for entry in loaded.entries], moments.features)
+
+
+def _made(
     loaded: Loaded,
     model: Any,
     clip: Any | None,
@@ -176,7 +135,7 @@ def init_path(prefix: str) -> tuple[Path, str]:
     return path, name
 
 
-def save_init(
+def _save(
     path: Path,
     result: InitResult,
     tensors: Mapping[str, Tensor],
@@ -184,6 +143,7 @@ def save_init(
     moments: MomentOptions,
     options: InitOptions,
     core_keys: host.CoreKeyMap,
+    overwrite: bool,
 ) -> None:
     """Write the file, once ComfyUI's own loader takes every key of it.
 
@@ -204,7 +164,7 @@ def save_init(
         "ss_network_dim": str(options.rank),
         "ss_network_alpha": f"{options.alpha:g}",
     }
-    with atomic_path(path) as temporary:
+    with atomic_path(path, overwrite) as temporary:
         write_safetensors(temporary, tensors, metadata)
         patches, unused = reload_patches(temporary, core_keys)
         if unused or len(patches) != len(result.layers):

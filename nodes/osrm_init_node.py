@@ -6,11 +6,13 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..ssr_core import MomentOptions, init_markdown
+from ..ssr_core import INIT_STYLES, LAYER_CHOICES, InitOptions, MomentOptions
 from . import host, osrm_init
 from .inputs import CATEGORY, calibration_inputs, optional_calibration_inputs
 from .moment_inputs import features_input, moment_inputs
 from .options import DTYPES, calibration_options, moment_options
+
+_INIT = InitOptions()
 
 
 def _main_inputs() -> list[io.Input]:
@@ -38,19 +40,19 @@ def _main_inputs() -> list[io.Input]:
             tooltip="Name below output/loras. _0_steps and a number are added (core's Train LoRA reads the steps "
             "from the name); nothing is overwritten.",
         ),
-        io.Int.Input("rank", default=16, min=1, max=1024, tooltip="Rank of the LoRA that will be trained."),
+        io.Int.Input("rank", default=_INIT.rank, min=1, max=1024, tooltip="Rank of the LoRA that will be trained."),
         io.Combo.Input(
             "layers",
-            options=list(osrm_init.LAYER_CHOICES),
-            default="linear",
+            options=list(LAYER_CHOICES),
+            default=_INIT.layers,
             tooltip="linear: linear layers and 1x1 convolutions; all: larger convolutions too; attention: those "
             "with attn or attention in their path. A trainer starts the others its own way.",
         ),
         features_input(MomentOptions().features),
         io.Combo.Input(
             "key_style",
-            options=list(osrm_init.INIT_STYLES),
-            default="comfy",
+            options=list(INIT_STYLES),
+            default=_INIT.style,
             tooltip="Names inside the file: comfy for core's Train LoRA (existing_lora), kohya for kohya-style "
             "trainers (network_weights).",
         ),
@@ -61,7 +63,7 @@ def _advanced_inputs() -> list[io.Input]:
     return [
         io.Float.Input(
             "energy",
-            default=1.0,
+            default=_INIT.energy,
             min=0.01,
             max=1.0,
             step=0.01,
@@ -71,7 +73,7 @@ def _advanced_inputs() -> list[io.Input]:
         ),
         io.Float.Input(
             "alpha",
-            default=1.0,
+            default=_INIT.alpha,
             min=0.0001,
             max=1024.0,
             step=0.5,
@@ -81,13 +83,13 @@ def _advanced_inputs() -> list[io.Input]:
         ),
         io.String.Input(
             "only",
-            default="",
+            default=_INIT.only,
             advanced=True,
             tooltip="Regular expression that the path of a layer has to contain, e.g. double_blocks. Empty: all.",
         ),
         io.Boolean.Input(
             "text_encoder",
-            default=False,
+            default=_INIT.text_encoder,
             advanced=True,
             tooltip="Give layers of CLIP a start too (prompts only). Core's Train LoRA does not train them.",
         ),
@@ -144,7 +146,7 @@ class SSROSRMInit(io.ComfyNode):
         """Gather, choose directions, write."""
         path, name = osrm_init.init_path(filename_prefix)
         loaded = osrm_init.other_tasks(prompts, list((others or {}).values()), clip)
-        options = osrm_init.InitOptions(
+        options = InitOptions(
             values["rank"],
             values["alpha"],
             values["layers"],
@@ -154,12 +156,6 @@ class SSROSRMInit(io.ComfyNode):
             values["key_style"],
             DTYPES[values["dtype"]],
         )
-        moments = moment_options(values)
-        progress = host.Progress(model)
-        result, tensors = osrm_init.make_init(
-            loaded, model, clip, calibration_options(values), moments, options, progress
-        )
-        unet, text = host.core_key_map(model, clip)
-        osrm_init.save_init(path, result, tensors, loaded, moments, options, {**unet, **text})
-        report = init_markdown(result, options.rank, [entry.name for entry in loaded.entries], moments.features)
+        passes, moments = calibration_options(values), moment_options(values)
+        report = osrm_init.write_init(path, loaded, model, clip, passes, moments, options, host.Progress(model))
         return io.NodeOutput(name, str(path), report, ui=ui.PreviewText(f"{path}\n\n{report}"))

@@ -23,7 +23,7 @@ from ..ssr_core import (
 from . import host
 from .entries import LoRAEntries
 from .input_passes import gather
-from .loading import Loaded
+from .loading import Loaded, load
 from .options import CalibrationOptions
 
 
@@ -31,18 +31,20 @@ class Refitted(NamedTuple):
     """Outputs of a refit.
 
     Attributes:
-        entries: For SSR Merge or a further SSR LoRA.
+        entries: For SSR Merge or a further SSR LoRA; without those of strength 0.
         tensors: Each LoRA as core's LORA_MODEL.
         report: In words.
+        acting: For each LoRA that was given, whether it is among these.
     """
 
     entries: LoRAEntries
     tensors: list[dict[str, Tensor]]
     report: str
+    acting: tuple[bool, ...]
 
 
 def refit(
-    loaded: Loaded,
+    given: LoRAEntries,
     model: Any,
     clip: Any | None,
     calibration: CalibrationOptions,
@@ -52,9 +54,19 @@ def refit(
 ) -> Refitted:
     """Gather every LoRA's inputs with that LoRA alone, and refit each against the others'.
 
+    Args:
+        given: The LoRAs; those of strength 0 are left out, and named.
+        model: The MODEL.
+        clip: The CLIP, if one is connected.
+        calibration: How to sample.
+        moments: What is kept of a layer's inputs.
+        options: How to refit.
+        progress: Shows the passes.
+
     Raises:
         IncompatibleError: There is one LoRA only, or none has a layer that is low-rank.
     """
+    loaded = load(given, model, clip, progress)
     if len(loaded.tasks) < 2:
         raise IncompatibleError(
             "a single LoRA has no others to keep away from.", remedy="connect two or more SSR LoRA nodes."
@@ -78,7 +90,12 @@ def refit(
         for entry, one in zip(loaded.entries, tensors, strict=True)
     )
     report = refit_markdown(result.reports, options) + "".join(f"\n{line}\n" for line in _remarks(loaded))
-    return Refitted(entries, tensors, report)
+    kept = {id(entry) for entry in loaded.entries}
+    acting = tuple(id(entry) in kept for entry in given)
+    off = [entry.name for entry, on in zip(given, acting, strict=True) if not on]
+    if off:
+        report += f"\nLeft out, with strength 0: {', '.join(off)}.\n"
+    return Refitted(entries, tensors, report, acting)
 
 
 def _carried(adapter: Adapter) -> list[str]:

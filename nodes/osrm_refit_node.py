@@ -17,7 +17,6 @@ from .inputs import (
     lora_sockets,
     optional_calibration_inputs,
 )
-from .loading import load
 from .moment_inputs import features_input, moment_inputs
 from .options import calibration_options, moment_options
 
@@ -111,9 +110,6 @@ class SSROSRMRefit(io.ComfyNode):
     ) -> io.NodeOutput:
         """Gather and refit."""
         options = RefitOptions(mode, strength, energy, values["ridge"], values["seed"])
-        progress = host.Progress(model)
-        loaded = load(flatten(loras), model, clip, progress)
-        made = osrm_refit.refit(
-            loaded, model, clip, calibration_options(values), moment_options(values), options, progress
-        )
+        passes, moments = calibration_options(values), moment_options(values)
+        made = osrm_refit.refit(flatten(loras), model, clip, passes, moments, options, host.Progress(model))
         return io.NodeOutput(made.entries, made.tensors, made.report, ui=ui.PreviewText(made.report))

@@ -51,6 +51,8 @@ from .methods import (
 from .moments import FEATURES, Features, InputMoments, MomentOptions
 from .osrm import InitResult, init_markdown, osrm_init
 from .osrm_layer import REFIT_MODES, RefitMode, RefitOptions
+from .osrm_options import INIT_STYLES, LAYER_CHOICES, InitOptions
+from .osrm_recipe import OSRMRecipe, read_any
 from .osrm_refit import RefitResult, osrm_refit, refit_markdown
 from .padding import PaddingMode, TextRows
 from .parse import read_adapter
@@ -107,7 +109,9 @@ __all__ = [
     "GramStats",
     "HELD_OUT",
     "HeldOut",
+    "INIT_STYLES",
     "IncompatibleError",
+    "InitOptions",
     "InitResult",
     "InputCollector",
     "InputFactor",
@@ -120,6 +124,7 @@ __all__ = [
     "KeyRecord",
     "KeyStyle",
     "KeyTarget",
+    "LAYER_CHOICES",
     "LIMITS",
     "LayerReport",
     "LayerStack",
@@ -136,6 +141,7 @@ __all__ = [
     "MergeResult",
     "MomentOptions",
     "NPLoRAMerge",
+    "OSRMRecipe",
     "PASS_DEFAULTS",
     "PaddingMode",
     "PaperMerge",
@@ -217,6 +223,7 @@ __all__ = [
     "plain_bytes",
     "prompt_warnings",
     "read_adapter",
+    "read_any",
     "read_recipe",
     "read_safetensors",
     "record",

@@ -86,15 +86,21 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         FileError: The file is missing, damaged, or says nothing of a merge; names every wrong key.
     """
-    if path.suffix.lower() == ".safetensors":
-        return _from_metadata(path)
+    return _from_metadata(path) if path.suffix.lower() == ".safetensors" else parse_recipe(read_json(path), path.name)
+
+
+def read_json(path: Path) -> Any:
+    """The values of a recipe file.
+
+    Raises:
+        FileError: The file is missing or no JSON.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as err:
         raise FileError(f"cannot read the recipe ({err.strerror}).", file=str(path), remedy="check the path.") from err
     except (ValueError, RecursionError) as err:
         raise FileError(f"the recipe is no JSON ({err}).", file=str(path), remedy="mend it there.") from err
-    return parse_recipe(value, path.name)
 
 
 def _from_metadata(path: Path) -> Recipe:
@@ -127,7 +133,7 @@ def parse_recipe(value: Any, name: str, *, recorded: bool = False) -> Recipe:
         check_one_run(value, name)
     wrong = problems(value, SCHEMA, unknown=not recorded)
     if wrong:
-        raise _refused(name, wrong)
+        raise refused(name, wrong)
     remarks = tuple(f"Ignored, from another version: {one}." for one in problems(value, SCHEMA)) if recorded else ()
     method = _method(value.get("method", "ssr"), value.get("parameters", {}), name)
     calibration = value.get("calibration", {} if method.needs_calibration else None)
@@ -135,24 +141,22 @@ def parse_recipe(value: Any, name: str, *, recorded: bool = False) -> Recipe:
     if recorded and settings is not None:
         settings = {"sampled_tokens": 0, **settings}  # the first release kept none and did not say so
     strengths = (calibration or {}).get("strengths", [])
-    sources = tuple(_source(one, index, strengths, value["sources"]) for index, one in enumerate(value["sources"]))
+    sources = tuple(source_of(one, index, strengths, value["sources"]) for index, one in enumerate(value["sources"]))
     hidden = [one.name for one in sources if any(CONDITIONING in prompt for prompt in one.prompts)]
     if hidden and settings is not None:
-        raise _refused(name, [f"{hidden[0]} was calibrated with a CONDITIONING, whose content is not in the file"])
+        raise refused(name, [f"{hidden[0]} was calibrated with a CONDITIONING, whose content is not in the file"])
     if recorded and settings is not None and settings.get("custom_latent") and settings.get("latent_fill") is None:
-        raise _refused(
-            name, ["it was calibrated on a LATENT with content, or not known to be empty; the file lacks it"]
-        )
+        raise refused(name, ["it was calibrated on a LATENT with content, or not known to be empty; the file lacks it"])
 
     compress = value.get("compress")
     try:
         options = None if compress is None else CompressOptions(**_known(compress, CompressOptions))
     except IncompatibleError as err:
-        raise _refused(name, [err.what.rstrip(".")]) from err
+        raise refused(name, [err.what.rstrip(".")]) from err
     return Recipe(
         sources,
         method,
-        _model(value.get("model") or {}, name),
+        model_of(value.get("model") or {}, name),
         settings,
         (calibration or {}).get("file"),
         (calibration or {}).get("model", ""),
@@ -166,7 +170,8 @@ def parse_recipe(value: Any, name: str, *, recorded: bool = False) -> Recipe:
     )
 
 
-def _refused(name: str, wrong: Sequence[str]) -> FileError:
+def refused(name: str, wrong: Sequence[str]) -> FileError:
+    """The error that names every wrong key of a recipe."""
     return FileError(
         f"this cannot be made: {'; '.join(wrong)}.",
         file=name,
@@ -174,7 +179,8 @@ def _refused(name: str, wrong: Sequence[str]) -> FileError:
     )
 
 
-def _source(value: Mapping[str, Any], index: int, strengths: Sequence[Any], every: Sequence[Any]) -> Source:
+def source_of(value: Mapping[str, Any], index: int, strengths: Sequence[Any], every: Sequence[Any]) -> Source:
+    """One LoRA; `strengths` are those of all records of a calibration, `every` the sources of the recipe."""
     model = float(value.get("strength_model", 1.0))
     clip = float(value.get("strength_clip", model))
     then = value.get("calibrated_at") or (strengths[index] if len(strengths) == len(every) else (model, clip))
@@ -202,32 +208,37 @@ def _method(name: str, parameters: Mapping[str, Any], file: str) -> MergeMethod:
     strange = [key for key in parameters if key not in known]
     wrong = [one for key, item in parameters.items() for one in problems(item, {}, f"parameters.{key}")]
     if wrong:
-        raise _refused(file, wrong)
+        raise refused(file, wrong)
     if strange:
         takes = f"takes {', '.join(known)}" if known else "takes none"
-        raise _refused(file, [f"parameters.{strange[0]} is no parameter of {name}, which {takes}"])
+        raise refused(file, [f"parameters.{strange[0]} is no parameter of {name}, which {takes}"])
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in parameters.items()}
     try:
         return kind(**values)
     except (IncompatibleError, TypeError, ValueError) as err:
-        raise _refused(file, [f"parameters: {getattr(err, 'what', err)}".rstrip(".")]) from err
+        raise refused(file, [f"parameters: {getattr(err, 'what', err)}".rstrip(".")]) from err
 
 
-def _model(value: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def model_of(value: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """How the model is loaded, checked.
+
+    Raises:
+        FileError: It says so in no way, or in several.
+    """
     ways = [way for way in ("checkpoint", "unet", "graph") if way in value]
     if value and len(ways) != 1:
-        raise _refused(name, [f"model has {' and '.join(ways) or 'no'} source; give checkpoint, or unet, or graph"])
+        raise refused(name, [f"model has {' and '.join(ways) or 'no'} source; give checkpoint, or unet, or graph"])
     if "graph" in value and not value.get("model"):
-        raise _refused(name, ["model.model has to be the link [node id, output number] of the MODEL in the graph"])
+        raise refused(name, ["model.model has to be the link [node id, output number] of the MODEL in the graph"])
     for key in ("model", "clip_link"):
         link = value.get(key)
         if link and (len(link) != 2 or not isinstance(link[0], str) or type(link[1]) is not int):
-            raise _refused(name, [f"model.{key} is no link [node id, output number]"])
+            raise refused(name, [f"model.{key} is no link [node id, output number]"])
     for key, node in value.get("graph", {}).items():
         if not (isinstance(node, dict) and isinstance(node.get("class_type"), str)):
-            raise _refused(name, [f"model.graph.{key} is no node with a class_type"])
+            raise refused(name, [f"model.graph.{key} is no node with a class_type"])
         if not isinstance(node.get("inputs", {}), dict):
-            raise _refused(name, [f"model.graph.{key}.inputs is no object"])
+            raise refused(name, [f"model.graph.{key}.inputs is no object"])
     if value.get("clip") and len(value["clip"]) > 4:
-        raise _refused(name, ["model.clip has more than four files"])
+        raise refused(name, ["model.clip has more than four files"])
     return value

@@ -125,7 +125,7 @@ def test_a_comparison_has_the_numbers_of_each_method_alone(server, base):
     text = result.text(table)
     rows = rows_of(text)
     assert tuple(rows) == (*METHODS, "osrm") and "- osrm: not applicable. OSRM Refit is no merge" in text
-    assert "Ranked by the held-out error." in text
+    assert "Ranked by the held-out error" in text
     for label, source in solved.items():
         report = read(result, source)
         expected = [report[f"reconstruction_error_{name}"]["result"] for name in ("held_out", "on_calibration")]

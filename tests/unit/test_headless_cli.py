@@ -103,6 +103,17 @@ def test_wrong_arguments(recipe, tmp_path):
         assert (code, out) == (2, "") and words in err, (arguments, err)
 
 
+def test_recipes_of_osrm_are_checked_too(tmp_path):
+    path = tmp_path / "osrm.json"
+    path.write_text(json.dumps({"model": {"checkpoint": "a"}, "osrm_init": {"prompts": ["a fox"]}}))
+    assert run(path, "--check")[0] == 0
+    code, _, err = run(path, "--check", "--save-calibration", tmp_path / "kept.safetensors")
+    assert code == 2 and "OSRM makes no calibration" in err
+    path.write_text(json.dumps({"osrm_init": {"prompts": []}}))
+    code, _, err = run(path, "--check")
+    assert code == 2 and "osrm_init.prompts has 0 entries" in err
+
+
 def merged_file(path, **changes):
     """A file whose metadata is a recipe."""
     value = {"sources": [{"name": "a.safetensors"}], "calibration": {"settings": {"seed": 0}}, **changes}
@@ -137,7 +148,7 @@ def test_a_merge_made_again_fails_if_it_is_another(tmp_path, monkeypatch, capsys
 
     def carry_out(recipe, wanted, ranks):
         write_safetensors(wanted.output, {"x": torch.ones(4) * (1 + change)}, {})
-        return wanted.output, []
+        return [wanted.output], []
 
     _, metadata = read_safetensors(source)
     write_safetensors(source, {"x": torch.ones(4)}, metadata)
