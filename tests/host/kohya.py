@@ -18,7 +18,7 @@ from .dialects.unets import unet_diffusers
 
 _PREFIX = "diffusion_model."
 _BLOCKS = {
-    "flux": r"(double|single)_blocks\.",
+    "flux": r"((double|single)_blocks\.|(img|txt|time|vector|guidance)_in)",
     "lumina2": r"(layers|noise_refiner|context_refiner|final_layer)\.",
     "sdxl": r"(input_blocks\.(?!0\.)|middle_block\.|output_blocks\.)",
 }
