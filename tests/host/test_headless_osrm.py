@@ -80,7 +80,6 @@ def test_refit_loras_are_those_of_the_node(server, checkout, base, tmp_path):
     assert out.split() == [str(path) for path in made] and sorted(folder.glob("*.safetensors")) == sorted(made)
     for one, other in zip(expected, made, strict=True):
         assert difference(one, other) < EQUAL
-        assert difference(other, tasks[0].file.path if other == made[0] else tasks[1].file.path) > 0.01
     report = (folder / "osrm_refit.report.md").read_text()
     assert report.startswith("# OSRM Refit") and "Left out, with strength 0: third.safetensors." in report
 
