@@ -46,7 +46,7 @@ def _init(recipe: OSRMRecipe, wanted: Wanted) -> tuple[list[Path], list[str]]:
         path, others, model, clip, passes, recipe.moments, recipe.init, progress, wanted.overwrite
     )
     _write(report, text, wanted)
-    remarks = []
+    remarks = _warnings(text)
     if recipe.init.style == "comfy" and "_0_steps_" not in path.name:
         remarks.append(
             "Core's Train LoRA reads the steps from the name: call the file something_0_steps_1.safetensors."
@@ -67,7 +67,13 @@ def _refit(recipe: OSRMRecipe, wanted: Wanted) -> tuple[list[Path], list[str]]:
     for path, tensors in zip(acting, refitted.tensors, strict=True):
         saving.save_lora(tensors, path, "comfy", overwrite=wanted.overwrite)
     _write(report, refitted.report, wanted)
-    return acting, [line.removeprefix("Warning: ") for line in refitted.report.splitlines() if "Warning: " in line]
+    return acting, _warnings(refitted.report)
+
+
+def _warnings(report: str) -> list[str]:
+    """Those of a report, without what surrounds them."""
+    begin = "Warning: "
+    return [line.removeprefix(begin) for line in report.splitlines() if line.startswith(begin)]
 
 
 def _targets(names: list[str], wanted: Wanted) -> list[Path]:
