@@ -49,11 +49,12 @@ from .methods import (
     SumMerge,
 )
 from .moments import FEATURES, Features, InputMoments, MomentOptions
-from .osrm import InitResult, init_markdown, osrm_init
+from .osrm import InitResult, osrm_init
 from .osrm_layer import REFIT_MODES, RefitMode, RefitOptions
 from .osrm_options import INIT_STYLES, LAYER_CHOICES, InitOptions
 from .osrm_recipe import OSRMRecipe, read_any
 from .osrm_refit import RefitResult, osrm_refit, refit_markdown
+from .osrm_report import init_markdown
 from .padding import PaddingMode, TextRows
 from .parse import read_adapter
 from .ranks import Ranks, joined

@@ -9,7 +9,6 @@ An update that trains from there hardly moves the other tasks' outputs.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,15 +17,9 @@ from torch import Tensor
 
 from .adapters import LoRALayer
 from .errors import IncompatibleError
-from .finite import nonfinite_warnings
 from .input_hooks import InputLayer
-from .moments import Features, InputMoments
+from .moments import InputMoments
 from .targets import Target
-
-FEW_MEANS = 50
-"""Below so many samples Init says that means are few; the paper takes up to about 100 a task."""
-
-FEW_MEANS_REMEDY = "Write more prompts, take more steps, or set features to tokens."
 
 
 def pooled(moments: Sequence[InputMoments]) -> InputMoments:
@@ -219,29 +212,3 @@ def _init_report(target: Target, down: Tensor, moments: InputMoments, tokens: fl
     most = seen + (0.0 if moments.exact else moments.spectrum.rest)
     likely = min(max(seen, float(moments.filled_gram(down).trace())), most)
     return InitReport(target, tokens, seen / chance, likely / chance, most / chance)
-
-
-def init_markdown(result: InitResult, rank: int, names: Sequence[str], features: Features = "means") -> str:
-    """The report as people read it."""
-    reports = result.reports
-    lines = [
-        "# OSRM Init",
-        "",
-        f"{len(reports)} layers of rank {rank} start outside the inputs of: {', '.join(names)}.",
-    ]
-    if reports:
-        mean = math.fsum(one.likely for one in reports) / len(reports)
-        bound = math.fsum(one.bound for one in reports) / len(reports)
-        most = f" (an estimate, as wide layers are sketched; {bound:.2e} at most)" if bound > mean else ""
-        lines.append(f"\nEnergy of those inputs in the rows of down, against random rows: {mean:.2e} on average{most}.")
-        worst = max(reports, key=lambda one: one.likely)
-        lines.append(f"Largest: {worst.likely:.2e} in {worst.target}, which saw {worst.tokens:.0f} samples or tokens.")
-        if features == "means" and worst.tokens < FEW_MEANS:
-            lines += ["", f"Warning: {worst.tokens:.0f} means say little about single tokens. {FEW_MEANS_REMEDY}"]
-    reasons: dict[str, list[Target]] = {}
-    for target, reason in result.skipped.items():
-        reasons.setdefault(reason, []).append(target)
-    for reason, targets in reasons.items():
-        lines += ["", f"{len(targets)} layers are not in the file ({reason}), e.g. {targets[0]}."]
-    lines += [f"\nWarning: {sentence}" for sentence in nonfinite_warnings(result.nonfinite)]
-    return "\n".join(lines) + "\n"

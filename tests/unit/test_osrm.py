@@ -9,7 +9,8 @@ from helpers import F64, LAYER, SKETCH, decaying, moments_of, randn, rel, rng
 from ssr_core import IncompatibleError, Target
 from ssr_core.input_hooks import InputLayer
 from ssr_core.moments import MomentOptions
-from ssr_core.osrm import analytic_down, init_markdown, osrm_init, pooled, top_directions
+from ssr_core.osrm import analytic_down, osrm_init, pooled, top_directions
+from ssr_core.osrm_report import init_markdown
 
 EYE = torch.eye
 
@@ -82,6 +83,18 @@ def test_init_writes_zero_updates_of_orthonormal_rows_and_reports_what_they_see(
     assert "Warning" not in init_markdown(result, 4, ["x"], "tokens") + init_markdown(result, 4, ["x"], "means")
     few = osrm_init(layers[:1], [{Target("a"): moments_of(x, MomentOptions("means"))}], 4)
     assert "1 means say little" in init_markdown(few, 4, ["x"], "means")
+
+
+def test_the_report_warns_where_the_others_leave_no_room():
+    names = [Target("full"), Target("free")]
+    moments = {names[0]: moments_of(randn(12, 1, 90, 6)), names[1]: moments_of(decaying(13, 90, 40, 0.5))}
+    layers = [InputLayer(name, moments[name].width, 7) for name in names]
+    result = osrm_init(layers, [moments], 6)
+    full, free = sorted(result.reports, key=lambda one: -one.seen)
+    assert full.seen == pytest.approx(1) and free.seen < 0.01  # six rows of six inputs avoid nothing
+    text = init_markdown(result, 6, ["x"], "tokens")
+    assert "Warning: in 1 layers the others' inputs leave little room for rank 6" in text and "most in full." in text
+    assert "little room" not in init_markdown(osrm_init(layers[1:], [moments], 6), 6, ["x"], "tokens")
 
 
 def test_starts_with_another_salt_are_other_bases():
