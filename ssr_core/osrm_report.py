@@ -40,8 +40,8 @@ def init_markdown(result: InitResult, rank: int, names: Sequence[str], features:
         if tight:
             lines += [
                 "",
-                f"Warning: in {tight} layers the others' inputs leave little room for rank {rank}: its rows see more than "
-                f"{TIGHT:.0%} of what random ones see, most in {worst.target}. {TIGHT_REMEDY}",
+                f"Warning: in {tight} layers the others' inputs leave little room for rank {rank}: its rows see more "
+                f"than {TIGHT:.0%} of what random ones see, most in {worst.target}. {TIGHT_REMEDY}",
             ]
         if features == "means" and worst.tokens < FEW_MEANS:
             lines += ["", f"Warning: {worst.tokens:.0f} means say little about single tokens. {FEW_MEANS_REMEDY}"]
