@@ -25,6 +25,7 @@ from ..ssr_core import (
     write_safetensors,
 )
 from ..ssr_core.files import json_text
+from ..ssr_core.metadata import START
 from . import host, paths
 from .entries import LoRAEntry, prompt_lines
 from .input_passes import gather
@@ -152,7 +153,7 @@ def _save(
     """
     recipe = {
         "version": VERSION,
-        "method": "osrm_init",
+        "method": START,
         "rank": options.rank,
         "energy": options.energy,
         "moments": asdict(moments),

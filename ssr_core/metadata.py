@@ -17,6 +17,8 @@ from .stacks import Task
 from .version import VERSION
 
 KEY = "ssr_merge"
+START = "osrm_init"
+"""What stands for the method in the metadata of a start for training."""
 
 
 def merge_metadata(
@@ -98,11 +100,17 @@ _APART = {"runs": "was combined or reweighted from several runs", "records": "wa
 
 
 def check_one_run(value: Any, name: str) -> None:
-    """Refuse metadata of a merge whose calibration did not come from one run.
+    """Refuse metadata of what is no merge, and of a merge whose calibration did not come from one run.
 
     Raises:
-        FileError: It was combined, reweighted, or made from records.
+        FileError: It was combined, reweighted, or made from records; or OSRM Init wrote the file.
     """
+    if isinstance(value, dict) and value.get("method") == START:
+        raise FileError(
+            "OSRM Init wrote it, to start training from; it is no merge.",
+            file=name,
+            remedy="write a recipe with osrm_init (docs/headless.md) to make such a file again.",
+        )
     at = value
     for key in ("calibration", "settings"):
         at = at.get(key) if isinstance(at, dict) else None

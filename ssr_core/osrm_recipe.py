@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from .errors import IncompatibleError
+from .metadata import START
 from .moments import FEATURES, MomentOptions
 from .osrm_layer import REFIT_MODES, RefitOptions
 from .osrm_options import INIT_STYLES, LAYER_CHOICES, InitOptions
@@ -19,7 +20,7 @@ from .schema import problems
 
 _Options = TypeVar("_Options", MomentOptions, InitOptions, RefitOptions)
 
-INIT, REFIT = "osrm_init", "osrm_refit"
+INIT, REFIT = START, "osrm_refit"
 
 REFIT_MOMENTS = MomentOptions("tokens")
 """Where nobody says otherwise: in the node and in recipes."""

@@ -109,6 +109,9 @@ def test_recipes_of_osrm_are_checked_too(tmp_path):
     assert run(path, "--check")[0] == 0
     code, _, err = run(path, "--check", "--save-calibration", tmp_path / "kept.safetensors")
     assert code == 2 and "OSRM makes no calibration" in err
+    start = merged_file(tmp_path / "start.safetensors", method="osrm_init", rank=4)
+    code, _, err = run(start, "--check")
+    assert code == 2 and "OSRM Init wrote it" in err and "a recipe with osrm_init" in err
     path.write_text(json.dumps({"osrm_init": {"prompts": []}}))
     code, _, err = run(path, "--check")
     assert code == 2 and "osrm_init.prompts has 0 entries" in err
