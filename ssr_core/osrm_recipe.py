@@ -89,7 +89,11 @@ _REFIT = _object(
         **_MOMENTS,
     }
 )
-_SETTINGS = _object({"settings": _PROPERTIES["calibration"]["properties"]["settings"]})
+_UNUSED = ("sampled_tokens", "joint_prompts", "neutral_prompts", "held_out")
+_PASSES = _PROPERTIES["calibration"]["properties"]["settings"]
+_SETTINGS = _object(
+    {"settings": _object({name: one for name, one in _PASSES["properties"].items() if name not in _UNUSED})}
+)
 OSRM_SCHEMA: Mapping[str, Mapping[str, Any]] = {
     INIT: _object({"model": _PROPERTIES["model"], INIT: _INIT, "calibration": _SETTINGS}),
     REFIT: _object(
