@@ -50,12 +50,6 @@ class Row:
     seconds: float = 0.0
     refused: str = ""
 
-    @property
-    def score(self) -> float:
-        """What rows are ranked by: the held-out error, the other where there is none; infinite for a refusal."""
-        values = [value for value in (self.held_error, self.error) if math.isfinite(value)]
-        return values[0] if values and not self.refused else math.inf
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -74,13 +68,28 @@ class Comparison:
     known: int = 0
 
     @property
+    def held(self) -> bool:
+        """Whether rows are ranked by held-out tokens: where any row has a figure on them, all are."""
+        return any(math.isfinite(row.held_error) for row in self.rows)
+
+    @property
+    def ranked_by(self) -> str:
+        """What rows are ranked by, as the table names it."""
+        return "held-out error" if self.held else "calibration error"
+
+    def score(self, index: int) -> float:
+        """What a row is ranked by, the smaller the better: `ranked_by`, all LoRAs together; infinite without it."""
+        value = self.rows[index].held_error if self.held else self.rows[index].error
+        return value if math.isfinite(value) else math.inf
+
+    @property
     def best(self) -> int:
         """Index of the row with the smallest score.
 
         Raises:
             IncompatibleError: No method applies.
         """
-        index = min(range(len(self.rows)), key=lambda i: (self.rows[i].score, bool(self.rows[i].refused)))
+        index = min(range(len(self.rows)), key=lambda i: (self.score(i), bool(self.rows[i].refused)))
         if self.rows[index].refused:
             raise IncompatibleError("none of the methods applies.", remedy=self.rows[index].refused)
         return index
@@ -92,16 +101,32 @@ class Comparison:
             chosen: The row whose merge is used.
         """
         head = ["", "method", "held-out error", "calibration error", "own signal kept", "leak", "seconds"]
+        best = self.best if math.isfinite(self.score(self.best)) else -1
         rows = []
         for index, row in enumerate(self.rows):
             numbers = [number(value) for value in (row.held_error, row.error, row.kept, row.leak)]
+            if index == best:
+                numbers[0 if self.held else 1] += " (best)"
             name = f"**{row.label}**" if index == chosen else row.label
             rows.append([str(index + 1), name, *numbers, "-" if row.refused else f"{row.seconds:.1f}"])
         lines = ["# SSR-Merge comparison", "", f"LoRAs: {', '.join(self.tasks)}.", "", *table(head, rows), ""]
-        lines += [_EXPLAINED, "", *self._basis()]
+        lines += [self._ranking(), "", _EXPLAINED, "", *self._basis()]
         lines += [f"- {row.label}: not applicable. {row.refused}" for row in self.rows if row.refused]
         lines += ["", "## What to do next", "", f"- {self._advice(chosen)}"]
         return "\n".join(lines) + "\n"
+
+    def _ranking(self) -> str:
+        """What the methods are ranked by."""
+        held = (
+            "The router that is judged was fitted without those tokens; the merge itself uses all of them."
+            if self.held
+            else "That error flatters whatever fits closely: the calibration holds no tokens that were kept out of the "
+            "fit."
+        )
+        return (
+            f"Ranked by {self.ranked_by}, all LoRAs together, root mean square over layers: the smallest is the best. "
+            f"{held} Bold: the merge in use."
+        )
 
     def _basis(self) -> list[str]:
         """Which layers the numbers are about."""
@@ -109,21 +134,26 @@ class Comparison:
             return []
         less = " The others are left out, so that every line is about the same layers." * (self.measured < self.known)
         lines = [f"Measured by every method: {self.measured} of {self.known} layers.{less}", ""]
-        for row in self.rows:
-            if not row.refused and not math.isfinite(row.score):
-                lines += [f"- {row.label}: its answer cannot be measured in any of these layers."]
+        for index, row in enumerate(self.rows):
+            if not row.refused and not math.isfinite(self.score(index)):
+                tokens = " on held-out tokens" if self.held and math.isfinite(row.error) else ""
+                lines += [f"- {row.label}: its answer cannot be measured{tokens} in any of these layers."]
         return lines
 
     def _advice(self, chosen: int) -> str:
-        best, mine = self.rows[self.best], self.rows[chosen]
-        if not math.isfinite(best.score):
+        best, mine = self.score(self.best), self.score(chosen)
+        if not math.isfinite(best):
             return "Connect a calibration whose LoRAs share layers: without one the methods cannot be told apart."
-        if best.score >= mine.score:
-            return f"Use {mine.label}: no other has a smaller error here ({mine.score:.3f}). Look at pictures as well."
-        line = self.best + 1
+        label = self.rows[chosen].label
+        if best >= mine:
+            return (
+                f"Use {label}: no other has a smaller {self.ranked_by} ({mine:.3f}). It says how faithfully the LoRAs "
+                "are kept, not how pictures look: look at them as well."
+            )
+        has = f"{self.ranked_by} {mine:.3f}" if math.isfinite(mine) else f"no {self.ranked_by}"
         return (
-            f"You use {mine.label} (error {mine.score:.3f}); {best.label} has {best.score:.3f}: set choose to {line}, "
-            "or to best."
+            f"You use {label} ({has}); {self.rows[self.best].label} has {best:.3f}: set choose to {self.best + 1}, or "
+            "to best."
         )
 
 

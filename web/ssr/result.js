@@ -81,7 +81,8 @@ function calibrationView(report, words) {
 export function adviceView(report, words) {
   const list = (lines) => h("ul", {}, ...lines.map((line) => h("li", {}, line)));
   const section = (title, lines) => (lines?.length ? [h("b", {}, title), list(lines)] : []);
-  const lines = [...(report.advice ?? []), ...(report.warnings ?? [])].map(sentence);
+  const lines = [...(report.warnings ?? []), ...(report.advice ?? [])].map(sentence);
+  const nothing = report.kind === "calibration" ? words.calibratedNext : words.nothing;
   const files = (report.files ?? []).map((file) => {
     const fates = Object.entries(file.fates).map(([fate, count]) => `${count} ${words.status[fate] ?? fate}`);
     return `${shortName(file.name)}: ${words.keys(file.keys)} (${fates.join(", ")})`;
@@ -90,7 +91,7 @@ export function adviceView(report, words) {
     "div",
     { class: "ssr-advice" },
     h("b", {}, words.advice),
-    lines.length ? list([...new Set(lines)]) : h("p", {}, words.nothing),
+    lines.length ? list([...new Set(lines)]) : h("p", {}, nothing),
     ...section(words.notes, report.notes),
     ...section(words.files, files),
   );
