@@ -9,7 +9,7 @@ from typing import Any
 
 from browser import watch, write_settings
 
-BUILD = """async ({loras, prompts, steps, split}) => {
+BUILD = """async ({loras, prompts, steps, split, kind}) => {
   app.graph.clear();
   const add = (type, x, y, values = {}) => {
     const node = LiteGraph.createNode(type);
@@ -27,7 +27,7 @@ BUILD = """async ({loras, prompts, steps, split}) => {
   const unet = add('UNETLoader', 0, 0, {unet_name: 'tiny_sdxl.safetensors'});
   const clip = add('TinyCLIP', 0, 130, {kind: 'sdxl', seed: 3, control_after_generate: 'fixed'});
   const size = {width: 128, height: 128, steps};
-  const work = add(split ? 'SSRCalibrate' : 'SSRMerge', 440, 0, size);
+  const work = add(split ? 'SSRCalibrate' : kind, 440, 0, size);
   wire(unet, 0, work, 'model');
   wire(clip, 0, work, 'clip');
   for (const [i, name] of loras.entries()) {
@@ -77,9 +77,17 @@ class Desk:
                  app.api.addEventListener(e, ({detail}) => window.seen.push([e, detail])); }"""
         )
 
-    def build(self, loras: tuple[str, ...], prompts: tuple[str, ...], *, steps: int = 2, split: bool = False) -> Any:
-        """A graph on the tiny SDXL; ids of its nodes."""
-        values = {"loras": list(loras), "prompts": list(prompts), "steps": steps, "split": split}
+    def build(
+        self,
+        loras: tuple[str, ...],
+        prompts: tuple[str, ...],
+        *,
+        steps: int = 2,
+        split: bool = False,
+        kind: str = "SSRMerge",
+    ) -> Any:
+        """A graph on the tiny SDXL around a merge node, or SSR Calibrate and SSR Solve; ids of its nodes."""
+        values = {"loras": list(loras), "prompts": list(prompts), "steps": steps, "split": split, "kind": kind}
         ids = self.page.evaluate(BUILD, values)
         self.look()
         return ids
