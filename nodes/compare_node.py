@@ -70,8 +70,13 @@ class SSRCompare(io.ComfyNode):
             ],
             outputs=[
                 *merge_outputs(),
-                io.String.Output(display_name="table", tooltip="A line for each method, which one is best and by what, and what to do next."),
-                io.Image.Output(display_name="IMAGE", tooltip="The errors as bars; the best is marked, the merge in use framed."),
+                io.String.Output(
+                    display_name="table",
+                    tooltip="A line for each method, which one is best and by what, and what to do next.",
+                ),
+                io.Image.Output(
+                    display_name="IMAGE", tooltip="The errors as bars; the best is marked, the merge in use framed."
+                ),
                 io.String.Output(display_name="report", tooltip="The report of the merge in use."),
             ],
         )

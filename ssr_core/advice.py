@@ -135,12 +135,16 @@ def note_separability(apart: Separabilities, stack: LayerStack, stats: GramStats
 
 
 def _indistinguishable(tasks: Sequence[Task], apart: Separabilities) -> list[str]:
-    """Pairs whose signals are the same though their prompts differ; of equal prompts `prompt_warnings` tells."""
+    """Groups whose signals are the same though their prompts differ; of equal prompts `prompt_warnings` tells."""
+    groups: list[set[int]] = []
+    for (i, j), values in apart.items():
+        if median(values) < SAME_SIGNAL and not _same_prompts(tasks[i], tasks[j]):
+            near = [group for group in groups if i in group or j in group]
+            groups = [group for group in groups if group not in near] + [{i, j}.union(*near)]
     return [
-        f"On the signals of their prompts {tasks[i].name} and {tasks[j].name} look the same to the model: the router "
-        "averages them. Make the prompts differ in what only one of the LoRAs shows."
-        for (i, j), values in apart.items()
-        if median(values) < SAME_SIGNAL and not _same_prompts(tasks[i], tasks[j])
+        f"On the signals of their prompts {_listed([tasks[i].name for i in sorted(group)])} look the same to the "
+        "model: the router averages them. Make the prompts differ in what only one of the LoRAs shows."
+        for group in groups
     ]
 
 

@@ -74,22 +74,23 @@ def _louder(report: MergeReport) -> list[str]:
     ratio = loud[odd] / others
     if max(ratio, 1 / ratio) < LOUD or strength == 0:
         return []
-    value = f"strength_model {_digits(balancing(strength, loud[odd], others))} instead of {strength:g}"
+    value = f"strength_model of {name} to {_digits(balancing(strength, loud[odd], others))} (now {strength:g})"
     if len(usable) == 2:
-        other = report.tasks[next(index for index in usable if index != odd)]
+        other = next(index for index in usable if index != odd)
+        weak, now = report.tasks[other], report.strengths[other]
+        raised = _digits(balancing(now, loud[other], loud[odd]))
         return [
-            f"{name} carries {ratio:.3g}x the energy of {other}: {value} at {name} balances the two, if {other} is too "
-            "weak in your pictures."
+            f"{name} carries {ratio:.3g}x the energy of {weak}. If {weak} is too weak in your pictures, set {value}, "
+            f"or that of {weak} to {raised} (now {now:g}): either balances the two."
         ]
     if ratio > 1:
         return [
-            f"{name} carries {ratio:.3g}x the energy of the others (their geometric mean): {value} at {name} brings it "
-            "to their level, if they are too weak in your pictures."
+            f"{name} carries {ratio:.3g}x the energy of the others (their geometric mean). If they are too weak in "
+            f"your pictures, set {value}: that is their level."
         ]
     return [
         f"The others carry {1 / ratio:.3g}x the energy of {name} (their geometric mean). If it is too weak in your "
-        f"pictures, {value} at {name} brings it to their level; {_digits(math.sqrt(ratio))} times their own strengths "
-        "bring them to its."
+        f"pictures, set {value}, or multiply theirs by {_digits(math.sqrt(ratio))}: either brings it to their level."
     ]
 
 

@@ -225,4 +225,4 @@ def test_a_loud_lora_is_named_with_the_strength_that_balances_it(server, base):
     merged = graph.merge(FAMILY, tasks)
     dump = report_of(graph, merged.out(2))
     advice = read(server.run(graph.prompt).ok(), dump)["advice"]
-    assert any(one.startswith(f"{loud.name} carries") and "instead of 5 at" in one for one in advice), advice
+    assert any(one.startswith(f"{loud.name} carries") and "(now 5)" in one for one in advice), advice

@@ -57,6 +57,8 @@ def test_tasks_that_look_the_same_to_the_model():
     x = task_tokens(1, 60, IN)
     (warning,) = warnings_of(tasks, [x, task_tokens(2, 60, IN), x * 1.0001])
     assert "task0 and task2 look the same" in warning
+    (warning,) = warnings_of(tasks, [x, x * 1.0001, x])
+    assert "task0, task1 and task2 look the same" in warning
     # equal prompts are named once, and methods that do not route average nothing
     same = [Task(t.adapter, prompts=("a dog",)) for t in tasks]
     (warning,) = warnings_of(same, [x, x, x])

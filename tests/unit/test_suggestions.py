@@ -57,7 +57,8 @@ def test_a_loud_lora_and_the_strength_that_balances_it(own, appears):
     if appears and own[1] > 1:
         # 0.8 / sqrt(8)
         assert sentences[0].startswith(
-            "cat carries 8x the energy of dog: strength_model 0.28 instead of 0.8 at cat balances the two"
+            "cat carries 8x the energy of dog. If dog is too weak in your pictures, set strength_model of cat to 0.28 "
+            "(now 0.8), or that of dog to 2.8 (now 1): either balances"
         )
 
 
@@ -80,18 +81,18 @@ def several(*energies, strengths=None):
 def test_among_several_the_one_that_differs_is_named_be_it_loud_or_quiet():
     (loud,) = several(1.0, 25.0, 1.0)
     assert (
-        loud.startswith("cat carries 25x the energy of the others") and "strength_model 0.2 instead of 1 at cat" in loud
+        loud.startswith("cat carries 25x the energy of the others") and "strength_model of cat to 0.2 (now 1)" in loud
     )
     (quiet,) = several(4.0, 4.0, 4.0, 4.0, 0.04, strengths=(1.0, 1.0, 1.0, 1.0, 0.5))
     assert quiet.startswith("The others carry 100x the energy of sea")
-    assert "strength_model 5 instead of 0.5 at sea" in quiet and "0.1 times their own strengths" in quiet
+    assert "strength_model of sea to 5 (now 0.5), or multiply theirs by 0.1:" in quiet
     assert several(4.0, 2.0, 1.0) == []  # 2.8x the mean of the others
 
 
 def test_strengths_of_the_model_come_from_its_layers_alone():
     loud_text = replace(layer(own=(1.0, 100.0)), target=Target("t", part="clip"))
     assert not [s for s in found(layer(), loud_text) if "carries" in s]
-    assert any("0.2 instead of 0.8 at cat" in s for s in found(layer(own=(1.0, 16.0)), loud_text))
+    assert any("of cat to 0.2 (now 0.8)" in s for s in found(layer(own=(1.0, 16.0)), loud_text))
 
 
 def test_the_strength_of_a_real_merge_is_the_one_that_makes_energies_equal():
@@ -100,7 +101,7 @@ def test_the_strength_of_a_real_merge_is_the_one_that_makes_energies_equal():
     x = [task_tokens(k, 80, 10) for k in range(2)]
     report = merge(tasks, SSRMerge(), calibrated(linear64(10, 7), tasks, [[one] for one in x])).report
     (sentence,) = [s for s in report.advice if "carries" in s]
-    strength = float(sentence.split("strength_model ")[1].split(" ")[0])
+    strength = float(sentence.split(" to ")[1].split(" ")[0])
     energies = [
         float((one @ t.adapter.layers[LAYER].delta().T * s).square().sum())
         for one, t, s in zip(x, tasks, (1.0, strength), strict=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from browser import watch, write_settings
 
-BUILD = """async ({loras, prompts, steps, split, kind}) => {
+BUILD = """async ({loras, prompts, steps, side, split, kind}) => {
   app.graph.clear();
   const add = (type, x, y, values = {}) => {
     const node = LiteGraph.createNode(type);
@@ -26,7 +26,7 @@ BUILD = """async ({loras, prompts, steps, split, kind}) => {
   const pause = () => new Promise((r) => setTimeout(r, 80));
   const unet = add('UNETLoader', 0, 0, {unet_name: 'tiny_sdxl.safetensors'});
   const clip = add('TinyCLIP', 0, 130, {kind: 'sdxl', seed: 3, control_after_generate: 'fixed'});
-  const size = {width: 128, height: 128, steps};
+  const size = {width: side, height: side, steps};
   const work = add(split ? 'SSRCalibrate' : kind, 440, 0, size);
   wire(unet, 0, work, 'model');
   wire(clip, 0, work, 'clip');
@@ -83,11 +83,12 @@ class Desk:
         prompts: tuple[str, ...],
         *,
         steps: int = 2,
+        side: int = 128,
         split: bool = False,
         kind: str = "SSRMerge",
     ) -> Any:
         """A graph on the tiny SDXL around a merge node, or SSR Calibrate and SSR Solve; ids of its nodes."""
-        values = {"loras": list(loras), "prompts": list(prompts), "steps": steps, "split": split, "kind": kind}
+        values = {"loras": loras, "prompts": prompts, "steps": steps, "side": side, "split": split, "kind": kind}
         ids = self.page.evaluate(BUILD, values)
         self.look()
         return ids

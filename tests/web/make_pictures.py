@@ -23,7 +23,7 @@ from desk import Desk
 from make_workflows import BUILD as WORKFLOW
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from workflow_graphs import GRAPHS
 from workflow_parts import lora, sampling
 from workflow_records import RECORD_GRAPHS
@@ -50,14 +50,15 @@ WORDS = {
 }
 LOADERS = {"model": ("UNETLoader", 0), "clip": ("TinyCLIP", 0)}
 CALIBRATION = {"calibration": ("SSRCalibrate", 0)}
-SIZE = {"width": 128, "height": 128}
 RUN = {
     "SSRReport": ({"lora": ("SSRSolve", 2)}, {}, 350),
     "SSRCompare": (LOADERS | CALIBRATION, {}, 300),
     "SSRNPLoRAMerge": (LOADERS | {"content": ("SSRLoRA", 0), "style": ("SSRLoRA", 1)}, {}, 0),
-    "SSRMergeFromRecords": (LOADERS | {f"loras.lora{i}": ("SSRLoRA", i) for i in range(3)}, SIZE, 0),
+    "SSRMergeFromRecords": (LOADERS | {f"loras.lora{i}": ("SSRLoRA", i) for i in range(3)}, {}, 0),
 }
 """Nodes that are run for their pictures: what is connected to them, values, and room for what they show."""
+TAGS = {"ss_tag_frequency": json.dumps({"10_sks dog": {"sks dog": 12, "outdoors": 5, "sitting": 4}})}
+"""Of the first LoRA: what its trainer would have written."""
 ALONE = (
     "SSRSaveCalibration",
     "SSRLoadCalibration",
@@ -99,13 +100,13 @@ README = [
         "SSRMerge",
         440,
         0,
-        SIZE,
+        {},
         {"model": "unet.0", "clip": "clip.0", "loras.lora0": "one.0", "loras.lora1": "two.0"},
         None,
     ),
     *[
         node
-        for node in sampling("a", "merge.0", "merge.1", "", 0, "a photo of sks dog and zwx cat on a sofa", size=128)
+        for node in sampling("a", "merge.0", "merge.1", "", 0, "a photo of sks dog and zwx cat on a sofa", size=256)
         if node[1] not in ("VAEDecode", "SaveImage")
     ],
     ("save", "SaveLatent", 1340, 320, {}, {"samples": "asample.0"}, None),
@@ -138,13 +139,13 @@ def save(page: Page, box: list[float], path: Path, width: int) -> None:
 def nodes(desk: Desk) -> None:
     """One picture for each help page."""
     folder = PACK / "web" / "docs" / "images"
-    desk.build(NAMES, PROMPTS, steps=4)
+    desk.build(NAMES, PROMPTS, steps=4, side=512)
     desk.look(1.0, 120, 150)
     desk.run()
     for kind in ("SSRLoRA", "SSRMerge"):
         save(desk.page, desk.page.evaluate(BOX, kind), folder / f"{kind}.jpg", 420)
     desk.panel().screenshot(path=PACK / "docs" / "images" / "panel.png")
-    desk.build(NAMES, PROMPTS, steps=4, split=True)
+    desk.build(NAMES, PROMPTS, steps=4, side=512, split=True)
     desk.look(1.0, 120, 150)
     places = {kind: 1000 * i for i, kind in enumerate((*RUN, *ALONE), start=3)}  # not cleared: see make_workflows
     for kind, (links, values, room) in RUN.items():
@@ -170,11 +171,11 @@ def readme(desk: Desk) -> None:
     desk.page.wait_for_timeout(600)
     desk.run()
     x, y, width, height = desk.page.evaluate(FIT)
-    desk.page.wait_for_timeout(900)
+    desk.page.wait_for_timeout(8000)  # what the frontend says about the job goes away
     clip = {"x": x - 6, "y": y - 6, "width": width + 12, "height": height + 12}
     picture = Image.open(io.BytesIO(desk.page.screenshot(clip=clip))).convert("RGB")
     path = PACK / "docs" / "images" / "two_subjects.png"
-    picture.quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture.save(path, optimize=True)
     print(path.relative_to(PACK), path.stat().st_size)
 
 
@@ -206,6 +207,8 @@ def main() -> None:
     furnish(base)
     with Server(Path(os.environ["COMFYUI_PATH"]), base) as server, sync_playwright() as playwright:
         write_loras(base)
+        dog = base / "models" / "loras" / "dog.safetensors"
+        save_file(load_file(dog), dog, TAGS)
         write_names(base)
         write_settings(server.url, SETTINGS)
         browser = playwright.chromium.launch(executable_path=EXECUTABLE, args=ARGUMENTS)

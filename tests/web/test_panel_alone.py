@@ -112,6 +112,20 @@ def test_a_layers_numbers_keep_room_beside_long_names(page):
     assert tall[0] == min(tall), "the status is on one line"
 
 
+def test_what_a_report_lacks_is_said(page):
+    bare = {**REPORT, "crosstalk": {"sum": [[0] * 3] * 3, "result": [[0] * 3] * 3}}
+    panel = show(page, bare)
+    assert "No crosstalk to show" in panel.inner_text() and "0.609" in panel.inner_text()
+    page.evaluate("(r) => panel.show(r)", {**bare, "reconstruction_error_on_calibration": {"result": None}})
+    assert "Nothing was measured" in panel.inner_text()
+    calibration = {"kind": "calibration", "tasks": [], "shared_layers": 3, "warnings": []}
+    page.evaluate("(r) => panel.show(r)", calibration)
+    panel.get_by_role("tab", name="Layers").click()
+    assert "connect CALIBRATION to SSR Solve" in panel.inner_text()
+    panel.get_by_role("tab", name="What next").click()
+    assert "SSR Compare" in panel.inner_text() and "use the merge" not in panel.inner_text()
+
+
 def test_long_lists_are_cut_and_say_so(page):
     panel = show(page, {**REPORT, "omitted": {"layers": 12}})
     panel.get_by_role("tab", name="Layers").click()

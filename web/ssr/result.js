@@ -35,7 +35,9 @@ const picture = (url) =>
 /** Everything about a merge as a whole, or what a calibration saw. */
 export function resultView(report, words) {
   if (report.kind === "calibration") return calibrationView(report, words);
-  return h("div", {}, crosstalkView(report, report.tasks, words), errorsView(report, words));
+  const errors = errorsView(report, words);
+  if (!errors && !crosstalkOf(report, report.tasks.length)) return h("p", { class: "ssr-hint" }, words.unmeasured);
+  return h("div", {}, crosstalkView(report, report.tasks, words), errors);
 }
 
 /** The two matrices side by side, of a whole merge or of one layer. */
