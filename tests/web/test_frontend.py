@@ -109,7 +109,7 @@ def test_a_run_shows_progress_and_then_the_servers_numbers(desk, shots):
     said = desk.page.evaluate("() => said")
     for i, name in enumerate(NAMES):
         for step in (1, 4):
-            assert f"LoRA {i + 1} of 3: {name}, prompt 1 of 1, step {step} of 4" in said
+            assert f"{name} ({i + 1} of 3), prompt 1 of 1, step {step} of 4" in said
     assert said[-1] == "Finished."
     assert panel.bounding_box() == box
     report = desk.history()[str(ids["last"])]["ssr_merge"][0]
@@ -144,7 +144,7 @@ def test_a_merge_from_records_has_the_panel_and_shows_its_passes_once(desk, shot
     panel = desk.panel()
     desk.page.evaluate(WATCH)
     desk.run()
-    assert any("LoRA 2 of 2: cat" in text for text in desk.page.evaluate("() => said"))
+    assert any("cat (2 of 2)" in text for text in desk.page.evaluate("() => said"))
     assert_shows(panel, desk.history()[str(ids["last"])]["ssr_merge"][0])
     before = numbers(panel)
     desk.shot(shots, "records")

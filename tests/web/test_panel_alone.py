@@ -153,7 +153,7 @@ def test_progress_by_lora_and_step(page):
     panel = show(page, None)
     message = {"prompt_id": "p", "stage": "calibrate", "tasks": TASKS, "task": 1, "prompts": 2, "prompt": 1, "steps": 4}
     page.evaluate("(m) => panel.progress(m)", {**message, "step": 3, "share": 0.5})
-    assert panel.get_by_role("status").inner_text() == "LoRA 2 of 3: cat, prompt 2 of 2, step 3 of 4"
+    assert panel.get_by_role("status").inner_text() == "cat (2 of 3), prompt 2 of 2, step 3 of 4"
     states = panel.locator(".ssr-task").evaluate_all("(all) => all.map((one) => one.dataset.state)")
     assert states == ["done", "running", "waiting"]
     page.evaluate("() => panel.end(false)")
