@@ -109,18 +109,19 @@ class Desk:
         self.page.evaluate("() => { window.seen.length = 0; }")
         self.page.evaluate("() => { app.queuePrompt(0); }")
 
-    def finish(self, end: str = "execution_success") -> list[Any]:
+    def finish(self, end: str = "execution_success", seconds: float = 120) -> list[Any]:
         """Wait for the end of the run; what happened."""
         ends = ["execution_success", "execution_error", "execution_interrupted"]
-        self.page.wait_for_function("(ends) => window.seen.some(([e]) => ends.includes(e))", arg=ends, timeout=120_000)
+        ended = "(ends) => window.seen.some(([e]) => ends.includes(e))"
+        self.page.wait_for_function(ended, arg=ends, timeout=1000 * seconds)
         self.page.wait_for_timeout(300)
         seen = self.page.evaluate("() => window.seen.map(([e, d]) => [e, e.startsWith('b_') ? null : d])")
         assert end in [kind for kind, _ in seen], [event for event in seen if event[0] in ends]
         return seen
 
-    def run(self) -> list[Any]:
+    def run(self, seconds: float = 120) -> list[Any]:
         self.queue()
-        return self.finish()
+        return self.finish(seconds=seconds)
 
     def history(self) -> dict[str, Any]:
         """Outputs of the newest run, by node."""

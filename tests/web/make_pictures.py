@@ -49,12 +49,16 @@ WORDS = {
     "style.safetensors": {"modelspec.trigger_phrase": "wtrclr style"},
 }
 LOADERS = {"model": ("UNETLoader", 0), "clip": ("TinyCLIP", 0)}
+SIDE = 256
+PATIENCE = 900
+"""Seconds that a run may take on a busy machine."""
+SIZE = {"width": SIDE, "height": SIDE}
 CALIBRATION = {"calibration": ("SSRCalibrate", 0)}
 RUN = {
     "SSRReport": ({"lora": ("SSRSolve", 2)}, {}, 350),
     "SSRCompare": (LOADERS | CALIBRATION, {}, 300),
     "SSRNPLoRAMerge": (LOADERS | {"content": ("SSRLoRA", 0), "style": ("SSRLoRA", 1)}, {}, 0),
-    "SSRMergeFromRecords": (LOADERS | {f"loras.lora{i}": ("SSRLoRA", i) for i in range(3)}, {}, 0),
+    "SSRMergeFromRecords": (LOADERS | {f"loras.lora{i}": ("SSRLoRA", i) for i in range(3)}, SIZE, 0),
 }
 """Nodes that are run for their pictures: what is connected to them, values, and room for what they show."""
 TAGS = {"ss_tag_frequency": json.dumps({"10_sks dog": {"sks dog": 12, "outdoors": 5, "sitting": 4}})}
@@ -100,13 +104,13 @@ README = [
         "SSRMerge",
         440,
         0,
-        {},
+        SIZE,
         {"model": "unet.0", "clip": "clip.0", "loras.lora0": "one.0", "loras.lora1": "two.0"},
         None,
     ),
     *[
         node
-        for node in sampling("a", "merge.0", "merge.1", "", 0, "a photo of sks dog and zwx cat on a sofa", size=256)
+        for node in sampling("a", "merge.0", "merge.1", "", 0, "a photo of sks dog and zwx cat on a sofa", size=128)
         if node[1] not in ("VAEDecode", "SaveImage")
     ],
     ("save", "SaveLatent", 1340, 320, {}, {"samples": "asample.0"}, None),
@@ -139,18 +143,18 @@ def save(page: Page, box: list[float], path: Path, width: int) -> None:
 def nodes(desk: Desk) -> None:
     """One picture for each help page."""
     folder = PACK / "web" / "docs" / "images"
-    desk.build(NAMES, PROMPTS, steps=4, side=512)
+    desk.build(NAMES, PROMPTS, steps=4, side=SIDE)
     desk.look(1.0, 120, 150)
-    desk.run()
+    desk.run(PATIENCE)
     for kind in ("SSRLoRA", "SSRMerge"):
         save(desk.page, desk.page.evaluate(BOX, kind), folder / f"{kind}.jpg", 420)
     desk.panel().screenshot(path=PACK / "docs" / "images" / "panel.png")
-    desk.build(NAMES, PROMPTS, steps=4, side=512, split=True)
+    desk.build(NAMES, PROMPTS, steps=4, side=SIDE, split=True)
     desk.look(1.0, 120, 150)
     places = {kind: 1000 * i for i, kind in enumerate((*RUN, *ALONE), start=3)}  # not cleared: see make_workflows
     for kind, (links, values, room) in RUN.items():
         desk.page.evaluate(PLACE, [kind, places[kind], links, values, room])
-    desk.run()
+    desk.run(PATIENCE)
     for kind in ("SSRCalibrate", "SSRSolve"):
         save(desk.page, desk.page.evaluate(BOX, kind), folder / f"{kind}.jpg", 420)
     for kind, x in places.items():
@@ -169,7 +173,7 @@ def readme(desk: Desk) -> None:
         "() => { const n = app.graph.nodes.find((m) => m.type === 'PreviewAny'); n.setSize([810, 430]); }"
     )
     desk.page.wait_for_timeout(600)
-    desk.run()
+    desk.run(PATIENCE)
     x, y, width, height = desk.page.evaluate(FIT)
     desk.page.wait_for_timeout(8000)  # what the frontend says about the job goes away
     clip = {"x": x - 6, "y": y - 6, "width": width + 12, "height": height + 12}
