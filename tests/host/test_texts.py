@@ -77,6 +77,8 @@ def means(said, default):
     """Whether a word of a text is this value."""
     if isinstance(default, bool):
         return WORDS.get(said.lower()) is default
+    if default == "":
+        return said.startswith(("empty", "\u7a7a"))
     return said == default or (not isinstance(default, str) and numbers(said) == [default])
 
 
