@@ -32,6 +32,7 @@ class SSRCompare(io.ComfyNode):
             category=CATEGORY,
             description="Merges by several methods or settings from one calibration, without sampling, and measures each "
             "on tokens that it was not fitted on. Hands on the best one, or the one that you choose.",
+            has_intermediate_output=True,
             search_aliases=[
                 "compare merges",
                 "compare lora merge methods",
@@ -54,8 +55,8 @@ class SSRCompare(io.ComfyNode):
                 io.String.Input(
                     "choose",
                     default=BEST,
-                    tooltip="Whose merge the outputs carry: best (smallest error on held-out tokens), or the number of a "
-                    "line of methods.",
+                    tooltip="Whose merge the outputs carry: best (smallest error on held-out tokens, all LoRAs together), or "
+                    "the number of a line of methods.",
                 ),
                 theme_input(),
                 io.String.Input(
@@ -69,8 +70,13 @@ class SSRCompare(io.ComfyNode):
             ],
             outputs=[
                 *merge_outputs(),
-                io.String.Output(display_name="table", tooltip="A line for each method, and what to do next."),
-                io.Image.Output(display_name="IMAGE", tooltip="The errors as bars; the merge in use is framed."),
+                io.String.Output(
+                    display_name="table",
+                    tooltip="A line for each method, which one is best and by what, and what to do next.",
+                ),
+                io.Image.Output(
+                    display_name="IMAGE", tooltip="The errors as bars; the best is marked, the merge in use framed."
+                ),
                 io.String.Output(display_name="report", tooltip="The report of the merge in use."),
             ],
         )

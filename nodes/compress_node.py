@@ -28,6 +28,7 @@ class SSRCompress(io.ComfyNode):
             category=CATEGORY,
             description="Makes a merged LoRA smaller: in every layer it keeps what the calibrated outputs need most, and "
             "leaves out the rest. Goes between SSR Merge or SSR Solve and SSR Save LoRA.",
+            has_intermediate_output=True,
             search_aliases=[
                 "compress lora",
                 "resize lora",

@@ -49,8 +49,8 @@ def calibration_inputs() -> list[io.Input]:
             default=PASS_DEFAULTS["steps"],
             min=1,
             max=100,
-            tooltip="Sampling steps of each calibration pass. 4 looks at several noise levels and is recommended; 1, as in "
-            "the paper, takes a quarter of the time and merges worse.",
+            tooltip="Sampling steps of each calibration pass. 4 (recommended) looks at several noise levels; 1, as in the "
+            "paper, takes a quarter of the time and merges worse.",
         ),
         io.Int.Input("width", default=PASS_DEFAULTS["width"], min=16, max=8192, step=8, tooltip=_size_tip("Width")),
         io.Int.Input("height", default=PASS_DEFAULTS["height"], min=16, max=8192, step=8, tooltip=_size_tip("Height")),

@@ -35,6 +35,7 @@ class SSROSRMRefit(io.ComfyNode):
             category=CATEGORY,
             description="Changes LoRAs so that each does less on the others' prompts, and reports what that costs its own "
             "function. Same ranks; merge the result with any method.",
+            has_intermediate_output=True,
             search_aliases=["osrm", "post-osrm", "orthogonal lora", "reduce interference", "lora interference"],
             inputs=[
                 io.Model.Input("model", tooltip="The base model. LoRAs already on it stay active and are not refit."),

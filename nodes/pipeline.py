@@ -195,7 +195,8 @@ def _with_remarks(
         warnings.append(OTHER_MODEL)
     if calibration is not None and calibration.settings.get("held_out") == 0:
         notes.append(
-            "No tokens were held out, their statistics would not have fitted into memory: the report has no held-out error."
+            "No tokens were held out, their statistics would not have fitted into memory: the report has no held-out "
+            "error, the merge is the same. A larger memory_budget_gb, or fewer LoRAs at once, brings it back."
         )
     weighted = calibration is not None and calibration.settings.get("padding") != "include"
     if isinstance(options.method, PaperMerge) and weighted:

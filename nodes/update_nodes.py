@@ -33,6 +33,7 @@ class SSRCombineCalibrations(io.ComfyNode):
             category=CATEGORY,
             description="Adds up calibrations of the same LoRAs that were made apart: with other prompts or seeds, or on "
             "other machines. The result is what one run over all of it would have found.",
+            has_intermediate_output=True,
             search_aliases=["sum calibrations", "merge calibrations", "several machines", "distributed calibration"],
             inputs=[
                 io.Autogrow.Input(
@@ -76,6 +77,7 @@ class SSREditCalibration(io.ComfyNode):
             category=CATEGORY,
             description="Drops LoRAs from a calibration without sampling, and adds others: those that it has are not run "
             "again if they have records, a new one takes one pass for each of its prompts.",
+            has_intermediate_output=True,
             search_aliases=["drop lora", "add lora", "replace lora", "update calibration", "online update"],
             inputs=[
                 SSR_CALIBRATION.Input("calibration", tooltip="From SSR Calibrate, SSR Merge or SSR Load Calibration."),

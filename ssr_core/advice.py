@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
+from statistics import median
 
 import torch
 
@@ -30,20 +31,30 @@ def prompt_warnings(names: Sequence[str], prompts: Sequence[Sequence[str]]) -> l
         names: The LoRAs.
         prompts: Their prompts.
     """
-    warnings = []
+    groups: dict[tuple[str, ...], list[str]] = {}
     for name, own in zip(names, prompts, strict=True):
-        if not any(prompt.strip() for prompt in own):
+        stripped = tuple(prompt.strip() for prompt in own)
+        groups.setdefault(stripped if any(stripped) else (), []).append(name)
+    warnings = []
+    silent = groups.pop((), [])
+    if silent:
+        warnings.append(
+            f"{_listed(silent)} {'has' if len(silent) == 1 else 'have'} no calibration prompt. Write what "
+            f"{'it' if len(silent) == 1 else 'each'} was trained on, with its trigger word; prompts that differ are "
+            "what the router learns from."
+        )
+    for same in groups.values():
+        if len(same) > 1:
             warnings.append(
-                f"{name} has no calibration prompt. Write what it was trained on, with its trigger word; "
-                "prompts that differ are what the router learns from."
-            )
-    for (name_a, a), (name_b, b) in combinations(zip(names, prompts, strict=True), 2):
-        if [p.strip() for p in a] == [p.strip() for p in b] and any(p.strip() for p in a):
-            warnings.append(
-                f"{name_a} and {name_b} have the same prompt: the router has little to tell them apart by, and "
-                "averages them where their signals are equal. Name in each prompt what only that LoRA shows."
+                f"{_listed(same)} have the same prompt: the router has little to tell them apart by, and averages "
+                "them where their signals are equal. Name in each prompt what only that LoRA shows."
             )
     return warnings
+
+
+def _listed(names: Sequence[str]) -> str:
+    """a, b and c."""
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
 def warnings_for(
@@ -63,7 +74,8 @@ def warnings_for(
                 f"{a.name} and {b.name} have the same content. They are merged as two tasks; if that is not meant, "
                 "remove one."
             )
-    warnings += _indistinguishable(tasks, apart)
+    if routed:
+        warnings += _indistinguishable(tasks, apart)
     warnings += nonfinite_warnings({layer.target: layer.nonfinite for layer in reports})
     warnings += [sentence for task in active for sentence in _truncated(task)]
     warnings += _anchored([layer for layer in reports if layer.status == "anchored"])
@@ -123,12 +135,21 @@ def note_separability(apart: Separabilities, stack: LayerStack, stats: GramStats
 
 
 def _indistinguishable(tasks: Sequence[Task], apart: Separabilities) -> list[str]:
+    """Groups whose signals are the same though their prompts differ; of equal prompts `prompt_warnings` tells."""
+    groups: list[set[int]] = []
+    for (i, j), values in apart.items():
+        if median(values) < SAME_SIGNAL and not _same_prompts(tasks[i], tasks[j]):
+            near = [group for group in groups if i in group or j in group]
+            groups = [group for group in groups if group not in near] + [{i, j}.union(*near)]
     return [
-        f"On the signals of their prompts {tasks[i].name} and {tasks[j].name} look the same to the model: the router "
-        "averages them. Make the prompts differ in what only one of the LoRAs shows."
-        for (i, j), values in apart.items()
-        if float(torch.tensor(values).median()) < SAME_SIGNAL
+        f"On the signals of their prompts {_listed([tasks[i].name for i in sorted(group)])} look the same to the "
+        "model: the router averages them. Make the prompts differ in what only one of the LoRAs shows."
+        for group in groups
     ]
+
+
+def _same_prompts(a: Task, b: Task) -> bool:
+    return [prompt.strip() for prompt in a.prompts] == [prompt.strip() for prompt in b.prompts]
 
 
 def notes_for(tasks: Sequence[Task], calibration: Calibration | None) -> list[str]:

@@ -70,14 +70,19 @@ class Comparison:
     judged: int = 0
 
     @property
-    def held_out(self) -> bool:
-        """Whether rows are ranked by the held-out error: where any has one. Else by the calibration error."""
+    def held(self) -> bool:
+        """Whether rows are ranked by held-out tokens: where any row has a figure on them, all are."""
         return any(math.isfinite(row.held_error) for row in self.rows)
 
-    def score(self, row: Row) -> float:
-        """What a row is ranked by, the same kind of error for all; infinite for one that has none, or is refused."""
-        value = row.held_error if self.held_out else row.error
-        return math.inf if row.refused or math.isnan(value) else value
+    @property
+    def ranked_by(self) -> str:
+        """What rows are ranked by, as the table names it."""
+        return "held-out error" if self.held else "calibration error"
+
+    def score(self, index: int) -> float:
+        """What a row is ranked by, the smaller the better: `ranked_by`, all LoRAs together; infinite without it."""
+        value = self.rows[index].held_error if self.held else self.rows[index].error
+        return value if math.isfinite(value) else math.inf
 
     @property
     def best(self) -> int:
@@ -86,10 +91,9 @@ class Comparison:
         Raises:
             IncompatibleError: No method applies.
         """
-        rows = self.rows
-        index = min(range(len(rows)), key=lambda i: (self.score(rows[i]), bool(rows[i].refused)))
-        if rows[index].refused:
-            raise IncompatibleError("none of the methods applies.", remedy=rows[index].refused)
+        index = min(range(len(self.rows)), key=lambda i: (self.score(i), bool(self.rows[i].refused)))
+        if self.rows[index].refused:
+            raise IncompatibleError("none of the methods applies.", remedy=self.rows[index].refused)
         return index
 
     def to_markdown(self, chosen: int) -> str:
@@ -99,50 +103,61 @@ class Comparison:
             chosen: The row whose merge is used.
         """
         head = ["", "method", "held-out error", "calibration error", "own signal kept", "leak", "seconds"]
+        best = self.best if math.isfinite(self.score(self.best)) else -1
         rows = []
         for index, row in enumerate(self.rows):
             numbers = [number(value) for value in (row.held_error, row.error, row.kept, row.leak)]
+            if index == best:
+                numbers[0 if self.held else 1] += " (best)"
             name = f"**{row.label}**" if index == chosen else row.label
             rows.append([str(index + 1), name, *numbers, "-" if row.refused else f"{row.seconds:.1f}"])
         lines = ["# SSR-Merge comparison", "", f"LoRAs: {', '.join(self.tasks)}.", "", *table(head, rows), ""]
-        lines += [_EXPLAINED, "", *self._basis()]
+        lines += [self._ranking(), "", _EXPLAINED, "", *self._basis()]
         lines += [f"- {row.label}: not applicable. {row.refused}" for row in self.rows if row.refused]
         lines += ["", "## What to do next", "", f"- {self._advice(chosen)}"]
         return "\n".join(lines) + "\n"
+
+    def _ranking(self) -> str:
+        """What the methods are ranked by."""
+        held = (
+            "The router that is judged was fitted without those tokens; the merge itself uses all of them."
+            if self.held
+            else "That error flatters whatever fits closely: the calibration holds no tokens that were kept out of the "
+            "fit."
+        )
+        return (
+            f"Ranked by {self.ranked_by}, all LoRAs together, root mean square over layers: the smallest is the best. "
+            f"{held} Bold: the merge in use."
+        )
 
     def _basis(self) -> list[str]:
         """Which layers the numbers are about."""
         if not self.known:
             return []
         less = " The others are left out, so that every line is about the same layers." * (self.measured < self.known)
-        ranked = "calibration error: no tokens were held out, and it flatters methods that fit calibration's own"
-        if self.held_out:
-            part = f", which is about {self.judged} of them" * (self.judged < self.measured)
-            ranked = f"held-out error{part}"
-        lines = [f"Measured by every method: {self.measured} of {self.known} layers.{less}", ""]
-        lines += [f"Ranked by the {ranked}.", ""]
-        for row in self.rows:
-            if row.refused or math.isfinite(self.score(row)):
-                continue
-            if math.isfinite(row.error):
-                lines.append(
-                    f"- {row.label}: not ranked. It has no held-out error (the tokens that were not held out leave it "
-                    "no answer), and its calibration error is not comparable with the others' held-out errors."
-                )
-            else:
-                lines.append(f"- {row.label}: its answer cannot be measured in any of these layers.")
+        part = f" Held-out errors are about {self.judged} of them." * (self.held and self.judged < self.measured)
+        lines = [f"Measured by every method: {self.measured} of {self.known} layers.{less}{part}", ""]
+        for index, row in enumerate(self.rows):
+            if not row.refused and not math.isfinite(self.score(index)):
+                tokens = " on held-out tokens" if self.held and math.isfinite(row.error) else ""
+                lines += [f"- {row.label}: its answer cannot be measured{tokens} in any of these layers."]
         return lines
 
     def _advice(self, chosen: int) -> str:
-        best, mine = self.rows[self.best], self.rows[chosen]
-        least, error = self.score(best), self.score(mine)
-        if not math.isfinite(least):
+        best, mine = self.score(self.best), self.score(chosen)
+        if not math.isfinite(best):
             return "Connect a calibration whose LoRAs share layers: without one the methods cannot be told apart."
-        if least >= error:
-            return f"Use {mine.label}: no other has a smaller error here ({error:.3f}). Look at pictures as well."
-        used = f"error {error:.3f}" if math.isfinite(error) else "not ranked"
-        line = self.best + 1
-        return f"You use {mine.label} ({used}); {best.label} has {least:.3f}: set choose to {line}, or to best."
+        label = self.rows[chosen].label
+        if best >= mine:
+            return (
+                f"Use {label}: no other has a smaller {self.ranked_by} ({mine:.3f}). It says how faithfully the LoRAs "
+                "are kept, not how pictures look: look at them as well."
+            )
+        has = f"{self.ranked_by} {mine:.3f}" if math.isfinite(mine) else f"no {self.ranked_by}"
+        return (
+            f"You use {label} ({has}); {self.rows[self.best].label} has {best:.3f}: set choose to {self.best + 1}, or "
+            "to best."
+        )
 
 
 def compare(

@@ -124,6 +124,6 @@ def check_memory(need: MemoryNeed, device_budget: int, host_budget: int, remedy:
     ):
         if needed > budget:
             raise MemoryBudgetError(
-                f"calibration needs {needed / 2**30:.2f} GiB on {what}, {budget / 2**30:.2f} GiB are allowed.",
+                f"calibration needs {needed / 2**30:.3g} GiB on {what}, {budget / 2**30:.3g} GiB are allowed.",
                 remedy=remedy,
             )

@@ -134,7 +134,7 @@ def merge(
     )
     settings = {} if calibration is None else calibration.settings
     routed = routes(method)
-    report = replace(report, advice=(*suggestions(report, settings, routed), *together(report, calibration, routed)))
+    report = replace(report, advice=(*suggestions(report, settings, method), *together(report, calibration, routed)))
     return MergeResult(*_one_change_each(layers, _sum_vectors(tasks, out_dtype)), report)
 
 

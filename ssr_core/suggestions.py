@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from itertools import permutations
 from statistics import median
 
+from .advice import SAME_SIGNAL
 from .calibration import Calibration
-from .compatibility import APART, FIGHTING, balancing
+from .compatibility import APART, FIGHTING, MEETING, balancing, loudness
+from .methods import AverageMerge, GainsMerge, MergeMethod, SSRMerge, SumMerge, routes
 from .report import MergeReport
+from .sampling import SampleOptions
 
 LOUD = 4.0
-"""Energy of one LoRA over another's from which the louder one's strength is worth changing."""
+"""Energy of one LoRA over that of the others (or the other way round) from which its strength is worth changing."""
 
 OVERFIT = 1.5
 """Held-out over calibration error of the typical layer (of text layers alone it is always large) that is too much."""
@@ -33,60 +35,106 @@ SINGULAR = 1e8
 NOTICEABLE = 0.02
 """Errors below this are not worth any advice."""
 
+MOST_STEPS, LARGEST_SIDE = 100, 8192
+"""What the inputs steps, width and height of the nodes take at most."""
 
-def suggestions(report: MergeReport, settings: Mapping[str, object], routed: bool) -> list[str]:
+
+def suggestions(report: MergeReport, settings: Mapping[str, object], method: MergeMethod) -> list[str]:
     """All suggestions about one merge, the most important first.
 
     Args:
         report: The merge.
         settings: How its calibration was made (`Calibration.settings`).
-        routed: Whether the method tells LoRAs apart by the signals of their prompts.
+        method: What it was merged by.
     """
     error = report.reconstruction_error()
     if math.isnan(error):
         return []
     if report.reconstruction_error("sum") < APART:
-        return [*_louder(report), _sum_suffices(report)]
+        return [*_louder(report), *_sum_suffices(report, method)]
     found = _louder(report)
-    if routed:
-        found += [*_alike(report), *_overfit(report, settings), *_few_tokens(report, settings), *_ill(report)]
-        found += _much_left(report)
+    if isinstance(method, (SumMerge, AverageMerge, GainsMerge)):
+        found += _not_routed(report)
+    elif routes(method):
+        found += [*_alike(report), *(_overfit(report, settings) or _few_tokens(report, settings)), *_ill(report)]
+        found += _much_left(report, settings, method)
     return found
 
 
 def _louder(report: MergeReport) -> list[str]:
-    """One LoRA whose branch carries much more energy than another's."""
-    loud = report.loudness()
+    """The LoRA whose branch is furthest from the others' in energy, where that is far."""
+    loud = loudness(len(report.tasks), [layer for layer in report.layers if layer.target.part == "model"])
     usable = [index for index, value in enumerate(loud) if math.isfinite(value) and value > 0]
     if len(usable) < 2 or len(report.strengths) != len(report.tasks):
         return []
-    a, b = max(permutations(usable, 2), key=lambda pair: loud[pair[0]] / loud[pair[1]])
-    ratio, strength = loud[a] / loud[b], report.strengths[a]
-    if ratio < LOUD or strength == 0:
+    # of two, each is as far from the other: then the louder one
+    far = {index: abs(math.log(loud[index] / _others(loud, usable, index))) for index in usable}
+    odd = max(usable, key=lambda index: (round(far[index], 9), loud[index]))
+    name, strength, others = report.tasks[odd], report.strengths[odd], _others(loud, usable, odd)
+    ratio = loud[odd] / others
+    if max(ratio, 1 / ratio) < LOUD or strength == 0:
         return []
-    others = math.exp(sum(math.log(loud[index]) for index in usable if index != a) / (len(usable) - 1))
-    level = "" if len(usable) == 2 else " with the mean of the others"
+    value = f"strength_model of {name} to {_digits(balancing(strength, loud[odd], others))} (now {strength:g})"
+    if len(usable) == 2:
+        other = next(index for index in usable if index != odd)
+        weak, now = report.tasks[other], report.strengths[other]
+        raised = _digits(balancing(now, loud[other], loud[odd]))
+        return [
+            f"{name} carries {ratio:.3g}x the energy of {weak}. If {weak} is too weak in your pictures, set {value}, "
+            f"or that of {weak} to {raised} (now {now:g}): either balances the two."
+        ]
+    if ratio > 1:
+        return [
+            f"{name} carries {ratio:.3g}x the energy of the others (their geometric mean). If they are too weak in "
+            f"your pictures, set {value}: that is their level."
+        ]
     return [
-        f"{report.tasks[a]} carries {ratio:.3g}x the energy of {report.tasks[b]}: strength "
-        f"{balancing(strength, loud[a], others):.2g} instead of {strength:g} balances it{level}, if it drowns them out."
+        f"The others carry {1 / ratio:.3g}x the energy of {name} (their geometric mean). If it is too weak in your "
+        f"pictures, set {value}, or multiply theirs by {_digits(math.sqrt(ratio))}: either brings it to their level."
     ]
 
 
-def _sum_suffices(report: MergeReport) -> str:
-    return (
+def _others(loud: list[float], usable: list[int], index: int) -> float:
+    """Geometric mean of the others' loudness."""
+    logs = [math.log(loud[other]) for other in usable if other != index]
+    return math.exp(sum(logs) / len(logs))
+
+
+def _digits(value: float) -> str:
+    """Two digits, as a person types them."""
+    return f"{float(f'{value:.2g}'):g}"
+
+
+def _sum_suffices(report: MergeReport, method: MergeMethod) -> list[str]:
+    if isinstance(method, SumMerge):
+        return []
+    return [
         f"These LoRAs hardly meet: the plain sum's error is {report.reconstruction_error('sum'):.2f}. Mode sum, or a "
         "chain of LoRA loaders, gives nearly the same picture."
-    )
+    ]
+
+
+def _not_routed(report: MergeReport) -> list[str]:
+    """A router that cannot tell the LoRAs apart, where they meet."""
+    error = report.reconstruction_error()
+    if error < MEETING:
+        return []
+    return [
+        f"This mode treats all signals alike and leaves an error of {error:.2f} (0: each LoRA as if alone, 1: as if "
+        "it were off). Set mode to ssr; SSR Compare shows beforehand what that gains."
+    ]
 
 
 def _alike(report: MergeReport) -> list[str]:
-    """Routing that gains little, and the two prompts that are to blame."""
+    """Routing that gains little, and the two prompts that are to blame (a warning says it where they are the same)."""
     others = {name: report.reconstruction_error(name) for name in ("sum", "average", "gains")}
     best = min(others, key=lambda name: others[name])
     error = report.reconstruction_error()
     if error < NOTICEABLE or error < USEFUL * others[best] or not report.apart:
         return []
     first, second = min(report.apart, key=lambda pair: report.apart[pair])
+    if report.apart[(first, second)] < SAME_SIGNAL:
+        return []
     words = {"sum": "the plain sum", "average": "the average", "gains": "one gain for each LoRA"}
     return [
         f"Routing gains little here (error {error:.2f}, {words[best]} {others[best]:.2f}): the prompts of "
@@ -131,7 +179,10 @@ def _more_tokens(settings: Mapping[str, object]) -> str:
         return "Run more calibration passes: more prompts for each LoRA, or more noise levels."
     if settings.get("custom_sigmas") or settings.get("custom_latent"):
         return "Connect SIGMAS with more steps or a larger LATENT, or give each LoRA more prompts."
-    return f"Set steps to {4 * steps}, or width and height to {2 * width} x {2 * height}."
+    ways = [f"steps to {min(MOST_STEPS, 4 * steps)}"] if steps < MOST_STEPS else []
+    if max(width, height) <= LARGEST_SIDE // 2:
+        ways.append(f"width and height to {2 * width} x {2 * height}")
+    return f"Set {', or '.join(ways)}." if ways else "Give each LoRA more prompts."
 
 
 def _ill(report: MergeReport) -> list[str]:
@@ -145,7 +196,7 @@ def _ill(report: MergeReport) -> list[str]:
     ]
 
 
-def _much_left(report: MergeReport) -> list[str]:
+def _much_left(report: MergeReport, settings: Mapping[str, object], method: MergeMethod) -> list[str]:
     error = report.reconstruction_error()
     fighting = [pair for pair in report.pairs() if pair.error >= FIGHTING / 2]
     if error < MUCH or not fighting:
@@ -153,11 +204,11 @@ def _much_left(report: MergeReport) -> list[str]:
     worst = max(fighting, key=lambda pair: pair.error)
     a, b = report.tasks[worst.first], report.tasks[worst.second]
     where = f", most of all in {worst.worst[0][0]}" if worst.worst else ""
-    fewer = "merge fewer LoRAs at once, leave one of the two out" if len(report.tasks) > 2 else "lower one's strength"
-    return [
-        f"Much is lost even so (error {error:.2f}). {a} and {b} fight most{where}: {fewer}, or put OSRM Refit before "
-        "the merge."
-    ]
+    ways = ["merge without one of the two"] if len(report.tasks) > 2 else []
+    if isinstance(method, SSRMerge) and method.refine and settings.get("sampled_tokens") == 0:
+        ways.append(f"calibrate with sampled_tokens {SampleOptions().tokens}")
+    ways.append("put OSRM Refit (mode contrast) between the SSR LoRA nodes and the calibration")
+    return [f"Much is lost even so (error {error:.2f}). {a} and {b} fight most{where}: {', or '.join(ways)}."]
 
 
 def together(report: MergeReport, calibration: Calibration | None, routed: bool) -> list[str]:

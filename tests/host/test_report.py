@@ -100,11 +100,21 @@ def compared(server, tasks, **options):
 def rows_of(text):
     """Cells of a comparison's lines, by the method as it was written."""
     lines = [line for line in text.splitlines() if line.startswith("| ") and line[2].isdigit()]
-    cells = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
+    cells = [[cell.strip(" *").removesuffix(" (best)") for cell in line.strip("|").split("|")] for line in lines]
     return {row[1]: row[2:] for row in cells}
 
 
-METHODS = ("ssr", "ssr ridge=0.5 anchor=gains", "paper", "gains", "sum", "average")
+def over_shared_layers(report, reports, name):
+    """Root mean square over the layers that all of these reports measured: a comparison is about no others."""
+    sets = [{layer["target"] for layer in one["layers"] if layer[name]} for one in reports]
+    shared = set.intersection(*sets)
+    assert 0 < len(shared) < len(set.union(*sets)), "NP-LoRA cannot be measured where rows are divided"
+    return numpy.sqrt(
+        numpy.mean([layer[name]["result"] ** 2 for layer in report["layers"] if layer["target"] in shared])
+    )
+
+
+METHODS = ("ssr", "ssr ridge=0.5 anchor=gains", "paper", "gains", "sum", "average", "np_lora mu=1")
 
 
 def test_a_comparison_has_the_numbers_of_each_method_alone(server, base):
@@ -116,6 +126,7 @@ def test_a_comparison_has_the_numbers_of_each_method_alone(server, base):
         "ssr ridge=0.5 anchor=gains": {"ridge": 0.5, "anchor": "gains"},
         "paper": {"mode": "paper"},
         "sum": {"mode": "sum"},
+        "np_lora": {"mode": "np_lora"},
     }
     solved = {
         label: report_of(graph, graph.pack("SSRSolve", {"model": model, "calibration": calibration} | values).out(2))
@@ -124,12 +135,12 @@ def test_a_comparison_has_the_numbers_of_each_method_alone(server, base):
     result = server.run(graph.prompt).ok()
     text = result.text(table)
     rows = rows_of(text)
-    assert tuple(rows) == (*METHODS, "osrm") and "- osrm: not applicable. OSRM Refit is no merge" in text
-    assert "Ranked by the held-out error" in text
-    for label, source in solved.items():
-        report = read(result, source)
-        expected = [report[f"reconstruction_error_{name}"]["result"] for name in ("held_out", "on_calibration")]
+    assert tuple(rows) == (*METHODS, "osrm") and "osrm: not applicable" in text
+    reports = {label: read(result, source) for label, source in solved.items()}
+    for label in solved.keys() & rows.keys():
+        expected = [over_shared_layers(reports[label], reports.values(), name) for name in ("held_errors", "errors")]
         assert [float(value) for value in rows[label][:2]] == pytest.approx(expected, abs=6e-4)
+    assert "Ranked by held-out error" in text and text.count("(best)") == 1
     assert text.split("## ")[-1].startswith("What to do next")
     (page,) = pictures(base, result, node)
     assert len(numpy.unique(page.reshape(-1, 3), axis=0)) > 20
@@ -225,4 +236,4 @@ def test_a_loud_lora_is_named_with_the_strength_that_balances_it(server, base):
     merged = graph.merge(FAMILY, tasks)
     dump = report_of(graph, merged.out(2))
     advice = read(server.run(graph.prompt).ok(), dump)["advice"]
-    assert any(one.startswith(f"{loud.name} carries") and "instead of 5" in one for one in advice), advice
+    assert any(one.startswith(f"{loud.name} carries") and "(now 5)" in one for one in advice), advice

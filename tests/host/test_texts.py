@@ -62,6 +62,87 @@ def test_help_pages_are_served_and_name_every_input(server, nodes, page):
             assert fetch(server, f"/extensions/ssr-merge/docs/{picture}")[:2] == b"\xff\xd8", picture
 
 
+def numbers(text):
+    return sorted(float(found) for found in re.findall(r"\d+(?:\.\d+)?", text))
+
+
+def options_of(spec):
+    return [str(option) for option in spec[1].get("options", spec[0] if isinstance(spec[0], list) else ())]
+
+
+WORDS = {"on": True, "off": False, "\u5f00\u542f": True, "\u5173\u95ed": False}
+
+
+def means(said, default):
+    """Whether a word of a text is this value."""
+    if isinstance(default, bool):
+        return WORDS.get(said.lower()) is default
+    if default == "":
+        return said.startswith(("empty", "\u7a7a"))
+    return said == default or (not isinstance(default, str) and numbers(said) == [default])
+
+
+def test_recommended_values_are_the_defaults(nodes):
+    found = 0
+    for name, node in nodes.items():
+        for input_name, spec in inputs_of(node).items():
+            for value in re.findall(r"(\S+) \(?recommended", spec[1]["tooltip"]):
+                default = spec[1].get("default", (options_of(spec) or [None])[0])
+                assert means(value, default), (name, input_name, value)
+                found += 1
+    assert found > 20
+
+
+def test_translations_say_the_same_numbers_and_options(server, nodes):
+    texts = json.loads(fetch(server, "/i18n"))["zh"]["nodeDefs"]
+    for name, node in nodes.items():
+        translated, specs = texts[name], inputs_of(node)
+        pairs = {one: (spec[1]["tooltip"], translated["inputs"][one]["tooltip"]) for one, spec in specs.items()}
+        for index, tooltip in enumerate(node["output_tooltips"]):
+            pairs[f"output {index}"] = tooltip, translated["outputs"][str(index)]["tooltip"]
+        pairs["description"] = node["description"], translated["description"]
+        for one, (english, chinese) in pairs.items():
+            assert numbers(english) == numbers(chinese), (name, one)
+            for option in options_of(specs[one]) if one in specs else ():
+                assert (option in english) == (option in chinese), (name, one, option)
+
+
+def table_rows(text):
+    """(last heading, cells) of every row of every table."""
+    rows, head = [], []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        if head and cells and set(line) - set("|- "):
+            rows.append((head[-1], cells))
+        head = head or cells if cells else []
+    return rows
+
+
+def named(cell):
+    """Inputs that a row is about: without remarks in brackets."""
+    return re.findall(r"[A-Za-z]\w*", re.sub(r"[(\uff08].*?[)\uff09]", "", cell))
+
+
+def test_tables_of_the_help_pages_agree_with_each_other_and_with_the_defaults(server, nodes):
+    checked = 0
+    for name, node in nodes.items():
+        pages = [
+            fetch(server, f"/extensions/ssr-merge/docs/{page}").decode() for page in (f"{name}.md", f"{name}/zh.md")
+        ]
+        english, chinese = (table_rows(page) for page in pages)
+        assert [named(cells[0]) for _, cells in english] == [named(cells[0]) for _, cells in chinese], name
+        for (head, one), (_, other) in zip(english, chinese, strict=True):
+            assert numbers(" ".join(one)) == numbers(" ".join(other)), (name, one[0])
+            if head != "leave at" or one[-1].startswith("as in"):
+                continue
+            for cell in (one[-1], other[-1]):
+                for input_name, said in zip(named(one[0]), re.split(r", |\u3001", cell), strict=True):
+                    default = inputs_of(node)[input_name][1]["default"]
+                    assert means(said, default), (name, input_name, said)
+                    checked += 1
+    assert checked > 40
+
+
 def test_every_template_has_a_thumbnail(server):
     names = json.loads(fetch(server, "/workflow_templates"))["ssr-merge"]
     assert len(names) >= 8

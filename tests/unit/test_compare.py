@@ -84,7 +84,7 @@ def test_rows_are_the_reports_of_the_methods():
         assert row.error == pytest.approx(output_error(delta, deltas_of(TASKS), TOKENS), rel=1e-8)
         assert row.held_error == result.report.reconstruction_error(held_out=True)
         assert math.isfinite(row.seconds) and not row.refused
-    assert rows[3].refused and comparison.score(rows[3]) == math.inf and comparison.held_out
+    assert rows[3].refused and compare(TASKS, lines, CALIBRATION).score(3) == math.inf
 
 
 def test_what_is_kept_and_what_leaks_against_branches():
@@ -104,7 +104,26 @@ def test_the_best_is_judged_on_held_out_tokens():
         _ = Comparison(("x",), rows[2:]).best
     text = comparison.to_markdown(0)
     assert "set choose to 2" in text.splitlines()[-1] and "- c: not applicable. No." in text
-    assert "no other has a smaller error" in comparison.to_markdown(1)
+    assert "no other has a smaller held-out error (0.600)" in comparison.to_markdown(1)
+
+
+def test_what_ranks_is_named_and_marked():
+    rows = (Row("a", "a", 0.1, 0.9), Row("b", "b", 0.5, 0.6))
+    text = Comparison(("x", "y"), rows).to_markdown(0)
+    assert "| 1 | **a** | 0.900 | 0.100 |" in text and "| 2 | b | 0.600 (best) | 0.500 |" in text
+    assert "Ranked by held-out error" in text and "You use a (held-out error 0.900); b has 0.600" in text
+    text = Comparison(("x", "y"), (Row("a", "a", 0.1), Row("b", "b", 0.5))).to_markdown(1)
+    assert "| 1 | a | - | 0.100 (best) |" in text and "Ranked by calibration error" in text
+    assert "You use b (calibration error 0.500); a has 0.100" in text
+
+
+def test_a_row_without_a_held_out_figure_does_not_win_by_the_other_one():
+    """It could not be solved without the held-out tokens; its error on the fitted ones is no match for theirs."""
+    rows = (Row("fits", "fits", 0.01), Row("honest", "honest", 0.3, 0.4), Row("worse", "worse", 0.3, 0.5))
+    comparison = Comparison(("x", "y"), rows, 5, 5)
+    assert comparison.best == 1 and comparison.score(0) == math.inf
+    assert "- fits: its answer cannot be measured on held-out tokens" in comparison.to_markdown(1)
+    assert "You use fits (no held-out error); honest has 0.400: set choose to 2" in comparison.to_markdown(0)
 
 
 def test_rows_without_a_held_out_error_are_not_ranked_against_others():
@@ -114,18 +133,10 @@ def test_rows_without_a_held_out_error_are_not_ranked_against_others():
     comparison = compare(tasks, ["ssr ridge=0", "sum"], calibration)
     fitted, total = comparison.rows
     assert fitted.error < 1e-4 < total.held_error and math.isnan(fitted.held_error) and not fitted.refused
-    assert comparison.best == 1 and comparison.judged == 1
+    assert comparison.best == 1
     text = comparison.to_markdown(0)
-    assert "- ssr ridge=0: not ranked." in text and "Ranked by the held-out error." in text
-    assert f"You use ssr ridge=0 (not ranked); sum has {total.held_error:.3f}: set choose to 2" in text
-
-
-def test_without_held_out_tokens_the_table_says_what_it_ranks_by():
-    rows = (Row("a", "a", 0.3), Row("b", "b", 0.2))
-    text = Comparison(("x",), rows, 3, 3).to_markdown(1)
-    assert "Ranked by the calibration error: no tokens were held out" in text and "not ranked" not in text
-    rows = (Row("a", "a", 0.3, 0.4), Row("b", "b", 0.2, 0.5))
-    assert "Ranked by the held-out error, which is about 2 of them." in Comparison(("x",), rows, 3, 3, 2).to_markdown(1)
+    assert "- ssr ridge=0: its answer cannot be measured on held-out tokens" in text
+    assert f"You use ssr ridge=0 (no held-out error); sum has {total.held_error:.3f}: set choose to 2" in text
 
 
 def test_without_statistics_nothing_can_be_told_apart():
@@ -173,7 +184,7 @@ def test_a_method_that_measures_nothing_does_not_blind_the_others():
     root = nn.ModuleDict({"qkv": linear64(IN, 18)})
     calibration = calibrate(root, tasks, build_stacks(tasks), lambda index, tap: root["qkv"](TOKENS[index]))
     comparison = compare(tasks, ["np_lora", "sum"], calibration)
-    assert comparison.best == 1 and math.isfinite(comparison.score(comparison.rows[1]))
+    assert comparison.best == 1 and math.isfinite(comparison.score(1))
     assert "- np_lora: its answer cannot be measured" in comparison.to_markdown(1)
 
 

@@ -102,7 +102,7 @@ def test_refusal_says_how_much_where_and_what_to_change(device, host, where):
     need = type(memory_need([], torch.float32))(3 * 2**30, 5 * 2**30)
     with pytest.raises(MemoryBudgetError) as caught:
         check_memory(need, need.device + device, need.host + host)
-    amount = "3.00 GiB" if device else "5.00 GiB"
+    amount = "3 GiB" if device else "5 GiB"
     assert f"needs {amount} on {where}" in str(caught.value)
     assert "fewer LoRAs" in caught.value.remedy and "memory_budget_gb" in caught.value.remedy
 

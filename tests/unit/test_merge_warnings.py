@@ -30,9 +30,9 @@ def test_empty_and_equal_prompts(method):
     a, b, c, d = (t.adapter for t in conflicting_tasks(4, OUT, IN, RANK))
     tasks = [Task(a, prompts=(" ",)), Task(b, prompts=("a dog",)), Task(c, prompts=("a dog ",)), Task(d)]
     found = warnings_of(tasks, method=method)
-    assert sum("no calibration prompt" in w for w in found) == 2
-    assert next(w for w in found if "same prompt" in w).startswith("task1 and task2")
-    assert len(found) == 3
+    assert len(found) == 2
+    assert found[0].startswith("task0 and task3 have no calibration prompt")
+    assert found[1].startswith("task1 and task2 have the same prompt")
 
 
 def test_methods_without_routing_do_not_ask_for_prompts():
@@ -48,6 +48,8 @@ def test_prompt_warnings_by_name():
     found = prompt_warnings(["x", "y", "z"], [["", ""], ["p", "q"], ["p ", " q"]])
     assert len(found) == 2 and found[0].startswith("x has no calibration prompt") and found[1].startswith("y and z")
     assert prompt_warnings(["x", "y"], [["p"], ["p", "q"]]) == []
+    (one,) = prompt_warnings(list("vwxyz"), [["p"]] * 5)  # one sentence, not one for each pair
+    assert one.startswith("v, w, x, y and z have the same prompt")
 
 
 def test_tasks_that_look_the_same_to_the_model():
@@ -55,6 +57,13 @@ def test_tasks_that_look_the_same_to_the_model():
     x = task_tokens(1, 60, IN)
     (warning,) = warnings_of(tasks, [x, task_tokens(2, 60, IN), x * 1.0001])
     assert "task0 and task2 look the same" in warning
+    (warning,) = warnings_of(tasks, [x, x * 1.0001, x])
+    assert "task0, task1 and task2 look the same" in warning
+    # equal prompts are named once, and methods that do not route average nothing
+    same = [Task(t.adapter, prompts=("a dog",)) for t in tasks]
+    (warning,) = warnings_of(same, [x, x, x])
+    assert "same prompt" in warning
+    assert warnings_of(tasks, [x, task_tokens(2, 60, IN), x], SumMerge()) == ()
 
 
 def test_too_few_tokens_to_judge_raise_no_such_warning():

@@ -117,6 +117,14 @@ def test_pages_have_one_size_and_reports_without_numbers_one_page(theme):
     assert empty.size == pages[0].size and len(numpy.unique(pixels(empty).reshape(-1, 3), axis=0)) > 10
 
 
+def test_the_best_of_a_comparison_is_marked_though_another_is_chosen():
+    rows = [Row("a", "a", 0.2, 0.8), Row("b", "b", 0.4, 0.4)]
+    none = [Row("a", "a", 0.2, 0.8), Row("b", "b", 0.4, 0.8)]  # the first of equals
+    first, second = (pixels(draw_comparison(Comparison(("x", "y"), tuple(r)), LIGHT, 0)) for r in (none, rows))
+    half = 132 + 64
+    assert (first[132:half] != second[132:half]).any() and (first[half : half + 64] != second[half : half + 64]).any()
+
+
 def test_comparison_bars_are_as_long_as_the_scores():
     rows = (Row("a", "a", 0.2, 0.8), Row("b", "b", 0.4, 0.4), Row("c", refused="No."), Row("d", "d"))
     picture = draw_comparison(Comparison(("x", "y"), rows), LIGHT, 1)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,8 @@ import pytest
 HERE = Path(__file__).parent
 PACK = HERE.parents[1]
 CHECKOUT = Path(os.environ.get("COMFYUI_PATH") or os.devnull)
+NASTY = "<img src=x onerror=window.broken=1>"
+"""A name that tries to be markup."""
 sys.path.append(str(HERE))
 
 
@@ -79,3 +84,27 @@ def desk(request, chromium, server):
 
     with Desk(chromium, server, request.param) as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def site():
+    """The pack's files on a plain web server."""
+    quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(quiet, directory=str(PACK)))
+    threading.Thread(target=served.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{served.server_port}"
+    served.shutdown()
+    served.server_close()
+
+
+@pytest.fixture
+def page(chromium, site):
+    """A bare page there, for the modules of the panel without ComfyUI."""
+    opened = chromium.new_page(viewport={"width": 600, "height": 500})
+    errors = []
+    opened.on("pageerror", lambda error: errors.append(str(error)))
+    opened.goto(site + "/tests/web/alone.html")
+    yield opened
+    assert errors == []
+    assert opened.evaluate("() => window.broken") is None, "a name became markup"
+    opened.close()

@@ -9,7 +9,7 @@ from typing import Any
 
 from browser import watch, write_settings
 
-BUILD = """async ({loras, prompts, steps, split}) => {
+BUILD = """async ({loras, prompts, steps, side, split, kind}) => {
   app.graph.clear();
   const add = (type, x, y, values = {}) => {
     const node = LiteGraph.createNode(type);
@@ -26,8 +26,8 @@ BUILD = """async ({loras, prompts, steps, split}) => {
   const pause = () => new Promise((r) => setTimeout(r, 80));
   const unet = add('UNETLoader', 0, 0, {unet_name: 'tiny_sdxl.safetensors'});
   const clip = add('TinyCLIP', 0, 130, {kind: 'sdxl', seed: 3, control_after_generate: 'fixed'});
-  const size = {width: 128, height: 128, steps};
-  const work = add(split ? 'SSRCalibrate' : 'SSRMerge', 440, 0, size);
+  const size = {width: side, height: side, steps};
+  const work = add(split ? 'SSRCalibrate' : kind, 440, 0, size);
   wire(unet, 0, work, 'model');
   wire(clip, 0, work, 'clip');
   for (const [i, name] of loras.entries()) {
@@ -77,9 +77,18 @@ class Desk:
                  app.api.addEventListener(e, ({detail}) => window.seen.push([e, detail])); }"""
         )
 
-    def build(self, loras: tuple[str, ...], prompts: tuple[str, ...], *, steps: int = 2, split: bool = False) -> Any:
-        """A graph on the tiny SDXL; ids of its nodes."""
-        values = {"loras": list(loras), "prompts": list(prompts), "steps": steps, "split": split}
+    def build(
+        self,
+        loras: tuple[str, ...],
+        prompts: tuple[str, ...],
+        *,
+        steps: int = 2,
+        side: int = 128,
+        split: bool = False,
+        kind: str = "SSRMerge",
+    ) -> Any:
+        """A graph on the tiny SDXL around a merge node, or SSR Calibrate and SSR Solve; ids of its nodes."""
+        values = {"loras": loras, "prompts": prompts, "steps": steps, "side": side, "split": split, "kind": kind}
         ids = self.page.evaluate(BUILD, values)
         self.look()
         return ids
@@ -100,18 +109,19 @@ class Desk:
         self.page.evaluate("() => { window.seen.length = 0; }")
         self.page.evaluate("() => { app.queuePrompt(0); }")
 
-    def finish(self, end: str = "execution_success") -> list[Any]:
+    def finish(self, end: str = "execution_success", seconds: float = 120) -> list[Any]:
         """Wait for the end of the run; what happened."""
         ends = ["execution_success", "execution_error", "execution_interrupted"]
-        self.page.wait_for_function("(ends) => window.seen.some(([e]) => ends.includes(e))", arg=ends, timeout=120_000)
+        ended = "(ends) => window.seen.some(([e]) => ends.includes(e))"
+        self.page.wait_for_function(ended, arg=ends, timeout=1000 * seconds)
         self.page.wait_for_timeout(300)
         seen = self.page.evaluate("() => window.seen.map(([e, d]) => [e, e.startsWith('b_') ? null : d])")
         assert end in [kind for kind, _ in seen], [event for event in seen if event[0] in ends]
         return seen
 
-    def run(self) -> list[Any]:
+    def run(self, seconds: float = 120) -> list[Any]:
         self.queue()
-        return self.finish()
+        return self.finish(seconds=seconds)
 
     def history(self) -> dict[str, Any]:
         """Outputs of the newest run, by node."""

@@ -20,10 +20,12 @@ sys.path.append(str(Path(__file__).parent))
 import torch
 from browser import ARGUMENTS, EXECUTABLE, write_settings
 from desk import Desk
+from make_workflows import BUILD as WORKFLOW
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from workflow_graphs import GRAPHS
+from workflow_parts import lora, sampling
 from workflow_records import RECORD_GRAPHS
 from worlds import NAMES, PACK, PROMPTS, furnish, write_loras
 
@@ -46,22 +48,75 @@ WORDS = {
     "subject_two.safetensors": {"modelspec.trigger_phrase": "zwx cat"},
     "style.safetensors": {"modelspec.trigger_phrase": "wtrclr style"},
 }
+LOADERS = {"model": ("UNETLoader", 0), "clip": ("TinyCLIP", 0)}
+SIDE = 256
+PATIENCE = 900
+"""Seconds that a run may take on a busy machine."""
+SIZE = {"width": SIDE, "height": SIDE}
+CALIBRATION = {"calibration": ("SSRCalibrate", 0)}
+RUN = {
+    "SSRReport": ({"lora": ("SSRSolve", 2)}, {}, 350),
+    "SSRCompare": (LOADERS | CALIBRATION, {}, 300),
+    "SSRNPLoRAMerge": (LOADERS | {"content": ("SSRLoRA", 0), "style": ("SSRLoRA", 1)}, {}, 0),
+    "SSRMergeFromRecords": (LOADERS | {f"loras.lora{i}": ("SSRLoRA", i) for i in range(3)}, SIZE, 0),
+}
+"""Nodes that are run for their pictures: what is connected to them, values, and room for what they show."""
+TAGS = {"ss_tag_frequency": json.dumps({"10_sks dog": {"sks dog": 12, "outdoors": 5, "sitting": 4}})}
+"""Of the first LoRA: what its trainer would have written."""
 ALONE = (
-    "SSRNPLoRAMerge",
     "SSRSaveCalibration",
     "SSRLoadCalibration",
     "SSRSaveLoRA",
     "SSROSRMInit",
     "SSROSRMRefit",
-    "SSRCompare",
     "SSRCompress",
-    "SSRReport",
     "SSRRecord",
     "SSRRecordLibrary",
-    "SSRMergeFromRecords",
     "SSRCombineCalibrations",
     "SSREditCalibration",
 )
+PLACE = """async ([type, x, links, values, room]) => {
+  const n = LiteGraph.createNode(type);
+  n.pos = [x, 0];
+  app.graph.add(n);
+  for (const [name, value] of Object.entries(values)) n.widgets.find((w) => w.name === name).value = value;
+  for (const [input, [from, at]] of Object.entries(links)) {
+    const found = app.graph.nodes.filter((m) => m.type === from);
+    const [source, slot] = found.length > 1 ? [found[at], 0] : [found[0], at];
+    source.connect(slot, n, n.inputs.findIndex((i) => i.name === input));
+    await new Promise((r) => setTimeout(r, 80));
+  }
+  if (room) n.setSize([420, n.computeSize()[1] + room]);
+  const text = n.outputs.findIndex((o) => o.type === 'STRING');
+  if (!Object.keys(links).length || text < 0) return;
+  const shown = LiteGraph.createNode('PreviewAny');
+  shown.pos = [x, 3000];
+  app.graph.add(shown);
+  n.connect(text, shown, 0);
+}"""
+README = [
+    ("unet", "UNETLoader", 0, 0, {"unet_name": "tiny_sdxl.safetensors"}, {}, None),
+    ("clip", "TinyCLIP", 0, 140, {"kind": "sdxl", "seed": 3, "control_after_generate": "fixed"}, {}, None),
+    lora("one", 330, "dog.safetensors", "a photo of sks dog\nsks dog sitting in a garden", "First subject"),
+    lora("two", 800, "cat.safetensors", "a photo of zwx cat\nzwx cat lying on a sofa", "Second subject"),
+    (
+        "merge",
+        "SSRMerge",
+        440,
+        0,
+        SIZE,
+        {"model": "unet.0", "clip": "clip.0", "loras.lora0": "one.0", "loras.lora1": "two.0"},
+        None,
+    ),
+    *[
+        node
+        for node in sampling("a", "merge.0", "merge.1", "", 0, "a photo of sks dog and zwx cat on a sofa", size=128)
+        if node[1] not in ("VAEDecode", "SaveImage")
+    ],
+    ("save", "SaveLatent", 1340, 320, {}, {"samples": "asample.0"}, None),
+    ("report", "PreviewAny", 900, 640, {}, {"source": "merge.4"}, "Report"),
+]
+"""The picture of README.md; there is no VAE for the tiny models."""
 BOX = """(type) => { const n = app.graph.nodes.find((x) => x.type === type), s = app.canvas.ds;
   const at = app.canvas.canvas.getBoundingClientRect(), place = (i, v) => (v + s.offset[i]) * s.scale;
   return [at.x + place(0, n.pos[0]), at.y + place(1, n.pos[1] - 30), n.size[0] * s.scale, (n.size[1] + 30) * s.scale]; }"""
@@ -88,23 +143,44 @@ def save(page: Page, box: list[float], path: Path, width: int) -> None:
 def nodes(desk: Desk) -> None:
     """One picture for each help page."""
     folder = PACK / "web" / "docs" / "images"
-    desk.build(NAMES, PROMPTS, steps=1)
+    desk.build(NAMES, PROMPTS, steps=4, side=SIDE)
     desk.look(1.0, 120, 150)
-    desk.run()
+    desk.run(PATIENCE)
     for kind in ("SSRLoRA", "SSRMerge"):
         save(desk.page, desk.page.evaluate(BOX, kind), folder / f"{kind}.jpg", 420)
     desk.panel().screenshot(path=PACK / "docs" / "images" / "panel.png")
-    desk.build(NAMES, PROMPTS, steps=1, split=True)
+    desk.build(NAMES, PROMPTS, steps=4, side=SIDE, split=True)
     desk.look(1.0, 120, 150)
-    desk.run()
+    places = {kind: 1000 * i for i, kind in enumerate((*RUN, *ALONE), start=3)}  # not cleared: see make_workflows
+    for kind, (links, values, room) in RUN.items():
+        desk.page.evaluate(PLACE, [kind, places[kind], links, values, room])
+    desk.run(PATIENCE)
     for kind in ("SSRCalibrate", "SSRSolve"):
         save(desk.page, desk.page.evaluate(BOX, kind), folder / f"{kind}.jpg", 420)
-    for i, kind in enumerate(ALONE, start=3):  # not cleared: the frontend keeps widget values by node id
-        place = "([t, x]) => { const n = LiteGraph.createNode(t); n.pos = [x, 0]; app.graph.add(n); }"
-        desk.page.evaluate(place, [kind, 1000 * i])
-        desk.look(1.0, 120 - 1000 * i, 150)
-        desk.page.wait_for_timeout(600)
+    for kind, x in places.items():
+        if kind in ALONE:
+            desk.page.evaluate(PLACE, [kind, x, {}, {}, 0])
+        desk.look(1.0, 120 - x, 150)
+        desk.page.wait_for_timeout(900)
         save(desk.page, desk.page.evaluate(BOX, kind), folder / f"{kind}.jpg", 420)
+
+
+def readme(desk: Desk) -> None:
+    """Two subjects from prompt to latent, after a run."""
+    graph = desk.page.evaluate(WORKFLOW, README)
+    desk.page.evaluate("async (g) => { await app.loadGraphData(g); }", graph)
+    desk.page.evaluate(
+        "() => { const n = app.graph.nodes.find((m) => m.type === 'PreviewAny'); n.setSize([810, 430]); }"
+    )
+    desk.page.wait_for_timeout(600)
+    desk.run(PATIENCE)
+    x, y, width, height = desk.page.evaluate(FIT)
+    desk.page.wait_for_timeout(8000)  # what the frontend says about the job goes away
+    clip = {"x": x - 6, "y": y - 6, "width": width + 12, "height": height + 12}
+    picture = Image.open(io.BytesIO(desk.page.screenshot(clip=clip))).convert("RGB")
+    path = PACK / "docs" / "images" / "two_subjects.png"
+    picture.save(path, optimize=True)
+    print(path.relative_to(PACK), path.stat().st_size)
 
 
 def templates(desk: Desk) -> None:
@@ -135,12 +211,15 @@ def main() -> None:
     furnish(base)
     with Server(Path(os.environ["COMFYUI_PATH"]), base) as server, sync_playwright() as playwright:
         write_loras(base)
+        dog = base / "models" / "loras" / "dog.safetensors"
+        save_file(load_file(dog), dog, TAGS)
         write_names(base)
         write_settings(server.url, SETTINGS)
         browser = playwright.chromium.launch(executable_path=EXECUTABLE, args=ARGUMENTS)
         with Desk(browser, server, "classic") as desk:
             desk.page.set_viewport_size({"width": 1700, "height": 1500})
             nodes(desk)
+            readme(desk)
             templates(desk)
         browser.close()
     shutil.rmtree(base, ignore_errors=True)

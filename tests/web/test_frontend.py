@@ -59,12 +59,23 @@ def test_three_loras_are_added_in_the_panel(desk, shots):
         panel.locator(".ssr-list [aria-selected=true]").filter(has_text=name).wait_for()
         desk.page.keyboard.press("Enter")
         desk.page.wait_for_timeout(400)
+    assert desk.page.evaluate("() => document.activeElement.textContent") == "+ Add LoRA"
+    boxes = desk.page.evaluate("() => app.graph.nodes.map((n) => [n.pos[0], n.pos[1] - 30, n.size[0], n.size[1] + 30])")
+    covered = [
+        (a, b)
+        for i, a in enumerate(boxes)
+        for b in boxes[:i]
+        if a[0] < b[0] + b[2] and b[0] < a[0] + a[2] and a[1] < b[1] + b[3] and b[1] < a[1] + a[3]
+    ]
+    assert covered == [], "new nodes cover none of the graph's"
     desk.shot(shots, "loras")
     prompt = desk.page.evaluate("async () => (await app.graphToPrompt()).output")
     inputs = prompt[str(ids["work"])]["inputs"]
     loras = [prompt[inputs[f"loras.lora{i}"][0]]["inputs"]["lora"] for i in range(3)]
     assert loras == [f"{name}.safetensors" for name in NAMES]
     panel.get_by_role("button", name="cat: move up").click()
+    focused = "() => document.activeElement.getAttribute('aria-label') ?? document.activeElement.textContent"
+    assert desk.page.evaluate(focused) == "cat: enabled", "the first cannot move up again, the focus stays with it"
     panel.get_by_role("checkbox", name="tower: enabled").uncheck()
     panel.get_by_role("spinbutton", name="dog: strength").fill("0.5")
     desk.page.keyboard.press("Tab")
@@ -98,7 +109,7 @@ def test_a_run_shows_progress_and_then_the_servers_numbers(desk, shots):
     said = desk.page.evaluate("() => said")
     for i, name in enumerate(NAMES):
         for step in (1, 4):
-            assert f"LoRA {i + 1} of 3: {name}, prompt 1 of 1, step {step} of 4" in said
+            assert f"{name} ({i + 1} of 3), prompt 1 of 1, step {step} of 4" in said
     assert said[-1] == "Finished."
     assert panel.bounding_box() == box
     report = desk.history()[str(ids["last"])]["ssr_merge"][0]
@@ -125,6 +136,24 @@ def test_a_layers_numbers_are_the_reports(desk, shots):
     desk.shot(shots, "layers")
     panel.get_by_role("tab", name="What next").click()
     assert "Files" in panel.inner_text()
+
+
+def test_a_merge_from_records_has_the_panel_and_shows_its_passes_once(desk, shots):
+    ids = desk.build(NAMES[:2], PROMPTS[:2], kind="SSRMergeFromRecords")
+    desk.set_widget(ids["work"], "seed", {"classic": 21, "vue": 22}[desk.renderer])
+    panel = desk.panel()
+    desk.page.evaluate(WATCH)
+    desk.run()
+    assert any("cat (" in text and "step" in text for text in desk.page.evaluate("() => said"))
+    assert_shows(panel, desk.history()[str(ids["last"])]["ssr_merge"][0])
+    before = numbers(panel)
+    desk.shot(shots, "records")
+    desk.page.evaluate("() => { said.length = 0; }")
+    desk.set_widget(ids["work"], "ridge", 0.5)
+    desk.run()
+    assert not any("step" in text for text in desk.page.evaluate("() => said")), "both have records now"
+    assert numbers(panel) != before
+    assert_shows(panel, desk.history()[str(ids["last"])]["ssr_merge"][0])
 
 
 def test_a_changed_strength_runs_only_the_solve(desk):
@@ -203,62 +232,6 @@ def test_panels_survive_undo(desk):
     assert desk.page.evaluate(elements) == [True, True, True]
     desk.run()
     desk.panel().get_by_role("grid", name="This merge").wait_for()
-
-
-def test_trigger_words_become_a_prompt(desk, shots):
-    desk.build(("dog",), ("a photo of",))
-    words = desk.page.locator(".ssr-triggers")
-    words.get_by_role("button", name="outdoors").wait_for()
-    assert words.get_by_role("button").all_inner_texts() == ["sks dog", "outdoors", "<b>bold</b>"]
-    words.get_by_role("button", name="sks dog").click()
-    lora = "() => app.graph.nodes.find((n) => n.type === 'SSRLoRA')"
-    assert (
-        desk.page.evaluate(f"() => ({lora})().widgets.find((w) => w.name === 'prompts').value") == "a photo of, sks dog"
-    )
-    desk.shot(shots, "triggers")
-    desk.set_widget(desk.page.evaluate(f"() => ({lora})().id"), "lora", "cat.safetensors")
-    words.get_by_text("names no trigger words").wait_for()
-
-
-def test_zoomed_and_in_the_light_theme(desk, shots):
-    desk.build(NAMES, PROMPTS)
-    desk.run()
-    desk.page.evaluate("() => app.extensionManager.setting.set('Comfy.ColorPalette', 'light')")
-    for scale in (0.6, 1.6):
-        desk.look(scale, -300 if scale > 1 else 120, -150 if scale > 1 else 90)
-        panel = desk.panel()
-        for name in ("Layers", "Result"):
-            panel.get_by_role("tab", name=name).click()
-            assert panel.get_by_role("tab", name=name).get_attribute("aria-selected") == "true"
-        desk.shot(shots, f"light_{scale}")
-    desk.page.evaluate("() => app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
-
-
-def test_nodes_have_room_for_what_they_show(desk):
-    """Fresh ones, and those of a workflow that was saved before there was a panel."""
-    if desk.renderer == "vue":
-        pytest.skip("the Vue renderer measures nodes by itself")
-    needs = "() => app.graph.nodes.filter((n) => n.type.startsWith('SSR')).map((n) => n.size[1] >= n.computeSize()[1])"
-    desk.page.evaluate(
-        """() => { app.graph.clear(); for (const [i, t] of ['SSRMerge', 'SSRLoRA'].entries()) {
-             const n = LiteGraph.createNode(t); n.pos = [i * 600, 0]; app.graph.add(n); } }"""
-    )
-    assert desk.page.evaluate(needs) == [True, True]
-    desk.page.evaluate(
-        "async () => { const g = app.graph.serialize(); for (const n of g.nodes) n.size[1] = 100; await app.loadGraphData(g); }"
-    )
-    desk.page.wait_for_timeout(800)
-    assert desk.page.evaluate(needs) == [True, True]
-
-
-def test_other_nodes_are_left_alone(desk):
-    desk.page.evaluate("() => app.graph.clear()")
-    names = desk.page.evaluate(
-        """() => { const n = LiteGraph.createNode('KSampler'); app.graph.add(n);
-                   return [...n.widgets.map((w) => w.name), Object.hasOwn(n, 'onRemoved')]; }"""
-    )
-    assert not [name for name in names if "ssr" in str(name)]
-    assert desk.page.locator(".ssr-panel").count() == 0
 
 
 def test_the_console_is_quiet(desk):

@@ -1,15 +1,11 @@
 """The panel in a bare page: no ComfyUI, made-up reports; every name in them tries to be markup."""
 
-import functools
-import http.server
 import json
-import threading
 
 import pytest
 
-from .conftest import PACK
+from .conftest import NASTY
 
-NASTY = "<img src=x onerror=window.broken=1>"
 TASKS = [f"styles/{NASTY}.safetensors", "cat.safetensors", "tower.safetensors"]
 SUM = [[0.9, 1, 0.8], [0.7, 0.6, 1], [1, 0.3, 0.95]]
 RESULT = [[1, 0.125, 0], [0.5, 1, 0.25], [0.05, 0.51, 1]]
@@ -45,28 +41,6 @@ OPEN = """async ({report, locale}) => {
   document.getElementById('place').append(window.panel.element);
   if (report) window.panel.show(report);
 }"""
-
-
-@pytest.fixture(scope="module")
-def site():
-    quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
-    served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(quiet, directory=str(PACK)))
-    threading.Thread(target=served.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{served.server_port}"
-    served.shutdown()
-    served.server_close()
-
-
-@pytest.fixture
-def page(chromium, site):
-    opened = chromium.new_page(viewport={"width": 600, "height": 500})
-    errors = []
-    opened.on("pageerror", lambda error: errors.append(str(error)))
-    opened.goto(site + "/tests/web/alone.html")
-    yield opened
-    assert errors == []
-    assert opened.evaluate("() => window.broken") is None, "a name became markup"
-    opened.close()
 
 
 def show(page, report=REPORT, locale="en"):
@@ -124,6 +98,34 @@ def test_everything_is_reached_by_keyboard(page):
     assert panel.locator("dd[data-field=tokens]").inner_text() == "77, 8, 9"
 
 
+def test_a_layers_numbers_keep_room_beside_long_names(page):
+    report = json.loads(json.dumps(REPORT))
+    report["layers"]["columns"].append("measures")
+    for row in report["layers"]["rows"]:
+        row.append({"share of the energy of others' inputs that the correction had to leave out": 0.25})
+    page.evaluate("() => { document.getElementById('place').style.width = '380px'; }")
+    panel = show(page, report)
+    panel.get_by_role("tab", name="Layers").click()
+    values = panel.locator(".ssr-detail dd")
+    assert min(values.evaluate_all("(all) => all.map((one) => one.clientWidth)")) > 120
+    tall = values.evaluate_all("(all) => all.map((one) => one.clientHeight)")
+    assert tall[0] == min(tall), "the status is on one line"
+
+
+def test_what_a_report_lacks_is_said(page):
+    bare = {**REPORT, "crosstalk": {"sum": [[0] * 3] * 3, "result": [[0] * 3] * 3}}
+    panel = show(page, bare)
+    assert "No crosstalk to show" in panel.inner_text() and "0.609" in panel.inner_text()
+    page.evaluate("(r) => panel.show(r)", {**bare, "reconstruction_error_on_calibration": {"result": None}})
+    assert "Nothing was measured" in panel.inner_text()
+    calibration = {"kind": "calibration", "tasks": [], "shared_layers": 3, "warnings": []}
+    page.evaluate("(r) => panel.show(r)", calibration)
+    panel.get_by_role("tab", name="Layers").click()
+    assert "connect CALIBRATION to SSR Solve" in panel.inner_text()
+    panel.get_by_role("tab", name="What next").click()
+    assert "SSR Compare" in panel.inner_text() and "use the merge" not in panel.inner_text()
+
+
 def test_long_lists_are_cut_and_say_so(page):
     panel = show(page, {**REPORT, "omitted": {"layers": 12}})
     panel.get_by_role("tab", name="Layers").click()
@@ -151,7 +153,7 @@ def test_progress_by_lora_and_step(page):
     panel = show(page, None)
     message = {"prompt_id": "p", "stage": "calibrate", "tasks": TASKS, "task": 1, "prompts": 2, "prompt": 1, "steps": 4}
     page.evaluate("(m) => panel.progress(m)", {**message, "step": 3, "share": 0.5})
-    assert panel.get_by_role("status").inner_text() == "LoRA 2 of 3: cat, prompt 2 of 2, step 3 of 4"
+    assert panel.get_by_role("status").inner_text() == "cat (2 of 3), prompt 2 of 2, step 3 of 4"
     states = panel.locator(".ssr-task").evaluate_all("(all) => all.map((one) => one.dataset.state)")
     assert states == ["done", "running", "waiting"]
     page.evaluate("() => panel.end(false)")
@@ -223,65 +225,3 @@ def test_keys_stay_inside_but_for_queueing(page):
 def test_words_are_in_the_users_language(page):
     panel = show(page, locale="zh")
     assert panel.get_by_role("tab").all_inner_texts() == ["LoRA", "结果", "层", "下一步"]
-
-
-PICK = """async (names) => {
-  const [{picker}, {wordsFor}] = await Promise.all(['picker', 'text'].map((name) => import(`/web/ssr/${name}.js`)));
-  window.picked = [];
-  const made = picker({names, words: wordsFor('en'), onPick: (n) => picked.push(n), onClose: () => picked.push(null)});
-  document.getElementById('place').append(made.element);
-  made.focus();
-}"""
-
-
-def test_what_is_typed_before_the_files_are_known_counts(page):
-    page.evaluate(PICK.replace("picker({names", "picker({names: new Promise((r) => { window.arrive = r; })"), [])
-    page.keyboard.type("do")
-    page.keyboard.press("Enter")
-    page.evaluate("() => arrive(['cat.safetensors', 'dog.safetensors'])")
-    page.keyboard.press("Enter")
-    assert page.evaluate("() => picked") == ["dog.safetensors"]
-
-
-def test_the_picker_by_keyboard(page):
-    page.evaluate(
-        PICK, [f"many/file{i}.safetensors" for i in range(400)] + ["x/dog.safetensors", f"{NASTY}.safetensors"]
-    )
-    assert page.get_by_role("option").count() == 200
-    page.keyboard.type("file39")
-    page.keyboard.press("ArrowDown")
-    page.keyboard.press("Enter")
-    page.keyboard.press("Escape")
-    assert page.evaluate("() => picked") == ["many/file390.safetensors", None]
-    page.get_by_role("combobox").fill("img")
-    page.get_by_role("option").click()
-    assert page.evaluate("() => picked.at(-1)") == f"{NASTY}.safetensors"
-
-
-TRIGGERS = """async ([answer, prompts]) => {
-  const [{createTriggers}, {wordsFor}] = await Promise.all(['triggers', 'text'].map((name) => import(`/web/ssr/${name}.js`)));
-  window.node = {widgets: [{name: 'lora', value: 'a b&c.safetensors'}, {name: 'prompts', value: prompts}]};
-  const api = {fetchApi: async (path) => { window.asked = path; return {ok: answer !== null, json: async () => answer}; }};
-  const made = createTriggers(node, wordsFor('en'), api, (change) => change());
-  document.getElementById('place').append(made.element);
-  await made.refresh();
-}"""
-
-
-def test_trigger_words_go_into_the_prompts(page):
-    answer = {"phrases": ["sks dog", NASTY], "tags": [["sks dog", 12], ["outdoors", 5]], "title": ""}
-    page.evaluate(TRIGGERS, [json.loads(json.dumps(answer)), "a photo"])
-    assert page.get_by_role("button").all_inner_texts() == ["sks dog", NASTY, "outdoors"]
-    assert page.evaluate("() => asked").endswith("name=a%20b%26c.safetensors")
-    page.get_by_role("button", name="sks dog").click()
-    page.get_by_role("button", name="outdoors").focus()
-    page.keyboard.press("Enter")
-    assert page.evaluate("() => node.widgets[1].value") == "a photo, sks dog, outdoors"
-
-
-@pytest.mark.parametrize(
-    "answer, said", [(None, "could not be read"), ({"phrases": [], "tags": []}, "no trigger words")]
-)
-def test_files_without_trigger_words_say_so(page, answer, said):
-    page.evaluate(TRIGGERS, [answer, ""])
-    assert said in page.locator(".ssr-triggers").inner_text()

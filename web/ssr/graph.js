@@ -4,6 +4,7 @@ import { changed, exchanged, wanted, without } from "./order.js";
 
 export const LORA_NODE = "SSRLoRA";
 const LORA_TYPE = "SSR_LORA";
+const GAP = 50; // from a node's end to the next one's first input: its title has 30
 
 export const kindOf = (node) => node.comfyClass ?? node.constructor?.comfyClass ?? node.type;
 
@@ -102,12 +103,23 @@ export function addLoRA(node, file, createNode) {
   const lora = createNode(LORA_NODE);
   if (!lora) return null;
   const own = chainsOf(node).flatMap((chain) => chain.nodes);
-  const lowest = own.reduce((y, other) => Math.max(y, other.pos[1] + other.size[1] + 50), node.pos[1]);
-  lora.pos = [Math.min(node.pos[0] - lora.size[0] - 60, ...own.map((other) => other.pos[0])), lowest];
+  const lowest = own.reduce((y, other) => Math.max(y, other.pos[1] + other.size[1] + GAP), node.pos[1]);
+  const left = Math.min(node.pos[0] - lora.size[0] - 60, ...own.map((other) => other.pos[0]));
+  lora.pos = [left, freeBelow(node.graph, [left, lowest], lora.size)];
   node.graph.add(lora);
   setWidget(lora, "lora", file);
   lora.connect(0, node, socket);
   return lora;
+}
+
+/** From a place downwards the first one at which a node of a size covers no other. */
+function freeBelow(graph, [x, y], [width, height]) {
+  for (const { pos, size } of [...(graph.nodes ?? graph._nodes ?? [])].sort((a, b) => a.pos[1] - b.pos[1])) {
+    const beside = pos[0] + size[0] <= x || pos[0] >= x + width;
+    const past = pos[1] + size[1] + GAP;
+    if (!beside && pos[1] < y + height + GAP && past > y) y = past;
+  }
+  return y;
 }
 
 export const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name) ?? null;

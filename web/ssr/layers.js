@@ -14,7 +14,7 @@ export function layersView(report, words) {
   const search = h("input", { type: "search", class: "ssr-wide", placeholder: words.search, "aria-label": words.search });
   const order = h(
     "select",
-    { "aria-label": words.byModel },
+    { "aria-label": words.order },
     h("option", { value: "model" }, words.byModel),
     h("option", { value: "error" }, words.byError),
   );

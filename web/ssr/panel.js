@@ -44,14 +44,23 @@ export function createPanel({ words, lorasView }) {
       button.tabIndex = name === tab ? 0 : -1;
     }
     body.setAttribute("aria-labelledby", tabs[tab].id);
+    const key = body.contains(document.activeElement) ? document.activeElement.dataset.key : null;
     body.replaceChildren(view());
+    if (key) focusAgain(key);
+  }
+
+  /** What had the focus before it was drawn anew; else something of the same LoRA, else what adds one, else the tab. */
+  function focusAgain(key) {
+    const enabled = (selector) => body.querySelector(`${selector}:enabled`);
+    const same = enabled(`[data-key="${CSS.escape(key)}"]`) ?? enabled(`[data-key^="${CSS.escape(`${key.split(" ")[0]} `)}"]`);
+    (same ?? enabled('[data-key="add"]') ?? tabs[tab]).focus({ preventScroll: true });
   }
 
   function view() {
     if (tab === "loras") return lorasView();
     if (tab === "result" && state.running) return progressView(state);
     if (!report) return h("p", { class: "ssr-hint" }, words.idle);
-    if (tab === "layers") return report.layers ? layersView(report, words) : h("p", { class: "ssr-hint" }, words.noLayers);
+    if (tab === "layers") return report.layers ? layersView(report, words) : h("p", { class: "ssr-hint" }, words.notMerged);
     return tab === "advice" ? adviceView(report, words) : resultView(report, words);
   }
 

@@ -29,9 +29,9 @@ export function picker({ names, words, onPick, onClose }) {
   const list = h("ul", { class: "ssr-list", role: "listbox", id: freshId("files"), "aria-label": words.find });
   const search = h("input", {
     type: "search", class: "ssr-wide", role: "combobox", placeholder: words.find, "aria-label": words.find,
-    "aria-expanded": "true", "aria-controls": list.id,
+    "aria-expanded": "true", "aria-controls": list.id, dataset: { key: "add" }, // where the focus goes once it is closed
   });
-  const close = h("button", { type: "button", "aria-label": "×", on: { click: onClose } }, "×");
+  const close = h("button", { type: "button", "aria-label": words.close, title: words.close, dataset: { key: "add" }, on: { click: onClose } }, "×");
   const choose = chooser(list, (index) => (current = index));
   const fill = () => {
     shown = findNames(all ?? [], search.value);

@@ -35,7 +35,9 @@ const picture = (url) =>
 /** Everything about a merge as a whole, or what a calibration saw. */
 export function resultView(report, words) {
   if (report.kind === "calibration") return calibrationView(report, words);
-  return h("div", {}, crosstalkView(report, report.tasks, words), errorsView(report, words));
+  const errors = errorsView(report, words);
+  if (!errors && !crosstalkOf(report, report.tasks.length)) return h("p", { class: "ssr-hint" }, words.unmeasured);
+  return h("div", {}, crosstalkView(report, report.tasks, words), errors);
 }
 
 /** The two matrices side by side, of a whole merge or of one layer. */
@@ -81,7 +83,8 @@ function calibrationView(report, words) {
 export function adviceView(report, words) {
   const list = (lines) => h("ul", {}, ...lines.map((line) => h("li", {}, line)));
   const section = (title, lines) => (lines?.length ? [h("b", {}, title), list(lines)] : []);
-  const lines = [...(report.advice ?? []), ...(report.warnings ?? [])].map(sentence);
+  const lines = [...(report.warnings ?? []), ...(report.advice ?? [])].map(sentence);
+  const nothing = report.kind === "calibration" ? words.calibratedNext : words.nothing;
   const files = (report.files ?? []).map((file) => {
     const fates = Object.entries(file.fates).map(([fate, count]) => `${count} ${words.status[fate] ?? fate}`);
     return `${shortName(file.name)}: ${words.keys(file.keys)} (${fates.join(", ")})`;
@@ -90,7 +93,7 @@ export function adviceView(report, words) {
     "div",
     { class: "ssr-advice" },
     h("b", {}, words.advice),
-    lines.length ? list([...new Set(lines)]) : h("p", {}, words.nothing),
+    lines.length ? list([...new Set(lines)]) : h("p", {}, nothing),
     ...section(words.notes, report.notes),
     ...section(words.files, files),
   );

@@ -137,6 +137,18 @@ test("a new LoRA goes to the first free socket, left of the merge and below the 
   assert.ok(canGrow(node) && !canGrow(new Node("SSRNPLoRAMerge", [["content", "SSR_LORA"]])));
 });
 
+test("a new LoRA covers no other node", () => {
+  const { graph, node } = build();
+  const loaders = [0, 160, 420].map((y) => graph.add(Object.assign(new Node("Loader", []), { pos: [180, y] })));
+  const aside = graph.add(Object.assign(new Node("Loader", []), { pos: [-400, 0], size: [300, 5000] }));
+  const made = addLoRA(node, "x.safetensors", () => lora(""));
+  for (const { pos, size } of [...loaders, aside]) {
+    const apart = made.pos[1] >= pos[1] + size[1] + 30 || made.pos[1] + made.size[1] + 30 <= pos[1];
+    assert.ok(apart || made.pos[0] >= pos[0] + size[0], `${pos} and ${made.pos}`);
+  }
+  assert.equal(made.pos[1], 570, "below the last of them, with room for its title");
+});
+
 test("nodes are found by execution id, in subgraphs too", () => {
   const inner = new Graph();
   const deep = inner.add(Object.assign(merge(), { id: 12 }));

@@ -36,7 +36,7 @@ test("a message without names keeps those of the run", () => {
 
 test("the line says which LoRA, prompt and step", () => {
   const text = statusText(advance(IDLE, message({ tasks: ["x/a.safetensors", "x/b.safetensors"] })), WORDS.en);
-  assert.equal(text, "LoRA 2 of 2: b, prompt 1 of 2, step 1 of 4");
+  assert.equal(text, "b (2 of 2), prompt 1 of 2, step 1 of 4");
   assert.equal(statusText(advance(IDLE, message({ stage: "solve" })), WORDS.en), "Solving");
   assert.equal(statusText(IDLE, WORDS.en), "");
 });
