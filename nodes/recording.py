@@ -46,11 +46,13 @@ class RecordingOptions:
         record: How much new ones keep.
         missing: What to do about a LoRA without a record.
         store: Where new ones are written.
+        exactly: Whether larger ones will not do.
     """
 
     record: RecordOptions
     missing: Missing = "record"
     store: Store = "library"
+    exactly: bool = False
 
 
 def recording_options(values: Mapping[str, Any]) -> RecordingOptions:
@@ -125,7 +127,7 @@ def obtain(
     where = known or library()
     units = _units(loaded, model, clip, calibration)
     least = options.record if options.missing == "record" else None
-    files = [where.find(unit.identity, least) for unit in units]
+    files = [where.find(unit.identity, least, exactly=options.exactly) for unit in units]
     absent = [unit for unit, file in zip(units, files, strict=True) if file is None]
     if absent and options.missing == "refuse":
         first = absent[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -84,8 +84,9 @@ def join(
     sampling = sampling_of(socket.calibration, latent, sigmas)
     found = obtain(loaded, model, clip, sampling, options, progress)
     guess = from_records(loaded.tasks, found.shares, tick=lambda done, total: host.check_cancel())
+    about = {**cast(Mapping[str, Any], guess.settings["records"]), "extends": True}
     settings = {**socket.calibration.settings, **guess.settings, "joint_prompts": [], "neutral_prompts": []}
-    joined = replace(extend(socket.calibration, guess), settings=settings)
+    joined = replace(extend(socket.calibration, guess), settings={**settings, "records": about})
     notes = record_notes(found, joined.settings)
     lost = len(socket.calibration.scenes)
     if lost:

@@ -57,6 +57,7 @@ from .padding import PaddingMode, TextRows
 from .parse import read_adapter
 from .ranks import Ranks, joined
 from .recipe import Recipe, Source, parse_recipe, read_recipe
+from .recipe_runs import RecordUse, Run
 from .recipe_schema import PASS_DEFAULTS, SCHEMA
 from .records import TaskRecord, records_of
 from .report import FileAccount, LayerReport, MergeReport
@@ -150,11 +151,13 @@ __all__ = [
     "RecordIdentity",
     "RecordLibrary",
     "RecordOptions",
+    "RecordUse",
     "Recorder",
     "RefitMode",
     "RefitOptions",
     "RefitResult",
     "Rest",
+    "Run",
     "SCHEMA",
     "SMALL_RECORDS",
     "SSRMerge",

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from .calibration import Calibration
-from .errors import FileError
 from .files import json_text
 from .merge import describe
 from .methods import MergeMethod
@@ -91,25 +89,3 @@ def with_recipe(metadata: Mapping[str, str], more: Mapping[str, object]) -> dict
     """Metadata whose recipe has further values."""
     recipe = json.loads(metadata[KEY])
     return {**metadata, KEY: json_text({**recipe, **more})}
-
-
-_APART = {"runs": "was combined or reweighted from several runs", "records": "was put together from records"}
-"""Settings of calibrations that no passes give again, whatever else their settings say."""
-
-
-def check_one_run(value: Any, name: str) -> None:
-    """Refuse metadata of a merge whose calibration did not come from one run.
-
-    Raises:
-        FileError: It was combined, reweighted, or made from records.
-    """
-    at = value
-    for key in ("calibration", "settings"):
-        at = at.get(key) if isinstance(at, dict) else None
-    made = [words for key, words in _APART.items() if isinstance(at, dict) and key in at]
-    if made:
-        raise FileError(
-            f"it cannot be made again from its metadata: its calibration {' and '.join(made)}, which the file lacks.",
-            file=name,
-            remedy="save that calibration (SSR Save Calibration) and give it as calibration.file in a recipe.",
-        )

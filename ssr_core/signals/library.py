@@ -74,12 +74,15 @@ class RecordLibrary:
         save_record(path, identity, options, layers)
         return open_record(path)
 
-    def find(self, identity: RecordIdentity, least: RecordOptions | None = None) -> RecordFile | None:
+    def find(
+        self, identity: RecordIdentity, least: RecordOptions | None = None, *, exactly: bool = False
+    ) -> RecordFile | None:
         """The largest usable record of one run.
 
         Args:
             identity: What it must have been made of.
             least: Records that keep less than this do not count; None takes any.
+            exactly: Nor do those that keep more.
         """
         found = []
         for folder in self.folders:
@@ -89,7 +92,7 @@ class RecordLibrary:
                 if one is not None and one.record is not None and one.record.identity.key == identity.key:
                     found.append(one.record)
         if least is not None:
-            found = [one for one in found if _covers(one.options, least)]
+            found = [one for one in found if (one.options == least if exactly else _covers(one.options, least))]
         return max(found, key=lambda one: _size(one.options), default=None)
 
     def listing(self) -> list[Listed]:
