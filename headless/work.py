@@ -59,9 +59,11 @@ def carry_out(recipe: Recipe, wanted: Wanted, ranks: Ranks) -> tuple[Path | None
     Raises:
         SSRMergeError: Says what is wrong, where, and what to do.
     """
-    for path in _files(wanted) if not wanted.overwrite else ():
-        if path.exists():
-            raise FileError("a file of this name exists already.", file=str(path), remedy="give --overwrite.")
+    # the first process writes, perhaps on a disk of its own; the others would wait for it to no end
+    taken = [str(path) for path in _files(wanted) if path.exists() and not wanted.overwrite]
+    in_the_way = ranks.told(taken[0] if taken else "")
+    if in_the_way:
+        raise FileError("a file of this name exists already.", file=in_the_way, remedy="give --overwrite.")
     with torch.inference_mode():  # as ComfyUI runs its nodes
         chosen = model_graph(recipe.model)
         load_packs(chosen.packs)

@@ -63,8 +63,9 @@ def recording_options(values: Mapping[str, Any]) -> RecordingOptions:
 
 
 def library() -> RecordLibrary:
-    """The library of this installation: its own folder, and all folders with LoRAs."""
-    return RecordLibrary(paths.record_root(), sorted({host.lora_path(name).parent for name in host.lora_files()}))
+    """The library of this installation: its own folder, that of the calibrations, and all folders with LoRAs."""
+    root = paths.record_root()
+    return RecordLibrary(root, [root.parent, *sorted({host.lora_path(name).parent for name in host.lora_files()})])
 
 
 @dataclass(frozen=True)
