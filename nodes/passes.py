@@ -77,6 +77,7 @@ def calibrate(
         for number in range(len(scenes)):
             passes.run_scene(number, *parts)
         settings = {**settings, "sigmas": passes.sigmas[:-1].tolist(), "latent": list(passes.latent.shape)}
+        settings |= options.latent_content(model)
     return assemble(loaded.tasks, parts, model=model_identity(model), settings=settings, ranks=ranks)
 
 

@@ -23,7 +23,6 @@ from ..ssr_core import (
     check_memory,
     finished,
     records_of,
-    tensors_hash,
 )
 from . import host, paths
 from .entries import LoRAEntry
@@ -153,9 +152,8 @@ def _units(loaded: Loaded, model: Any, clip: Any | None, options: CalibrationOpt
         "sigmas": options.sigmas_for(model)[:-1].tolist(),
         "latent": list(latent.shape),
         "padding": options.padding,
+        **options.latent_content(model),
     }
-    if options.latent is not None:
-        settings["custom latent"] = tensors_hash({"samples": latent})[:16]
     identity = model_identity(model)
     text = "" if clip is None else model_identity(clip.patcher)
     units = []

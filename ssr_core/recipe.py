@@ -149,6 +149,8 @@ def parse_recipe(value: Any, name: str, *, recorded: bool = False) -> Recipe:
                 name, ["it was calibrated on a LATENT with content, or not known to be empty; the file lacks it"]
             )
     compress = value.get("compress")
+    if compress is not None and not recorded:  # files of earlier versions counted in comfy's names
+        compress = {"key_style": value.get("key_style", "comfy"), **compress}
     try:
         options = None if compress is None else CompressOptions(**_known(compress, CompressOptions))
     except IncompatibleError as err:

@@ -215,6 +215,10 @@ SCHEMA: dict[str, Any] = {
                         "limit": {"enum": list(LIMITS)},
                         "value": {"type": "number", "exclusiveMinimum": 0},
                         "ridge": {"type": "number", "minimum": 0},
+                        "key_style": {
+                            "enum": list(KEY_STYLES),
+                            "description": "Of the file whose size counts; that of the recipe if absent.",
+                        },
                     },
                     ("limit", "value"),
                 ),
