@@ -85,9 +85,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _hours(text: str) -> timedelta:
-    hours = float(text)
+    try:
+        hours = float(text)
+    except ValueError:
+        hours = 0.0
     if not 0 < hours <= 10_000:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of hours above 0")
     return timedelta(hours=hours)
 
 

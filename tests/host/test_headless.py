@@ -12,6 +12,8 @@ import sys
 import time
 
 import pytest
+import safetensors.torch
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -245,12 +247,25 @@ def without(values, path):
         (lambda r: r["sources"][0].update(name="absent.safetensors"), 1, ("absent.safetensors", "no loras folder")),
         (lambda r: r["sources"][0].update(sha256="0" * 64), 1, ("headless_80", "not that of the recipe", "What to do")),
         (lambda r: r["model"]["graph"]["u"]["inputs"].update(unet_name="nix.safetensors"), 1, ("nix.safetensors",)),
+        (
+            lambda r: r["model"]["graph"]["u"]["inputs"].update(unet_name="no_model.safetensors"),
+            1,
+            ("UNETLoader cannot load it", "no_model.safetensors", "What to do"),
+        ),
+        (
+            lambda r: r["model"].update(clip_link=None),
+            1,
+            ("need a CLIP", "clip_type in model"),
+        ),
         (lambda r: r["model"].update(custom_nodes=["nowhere"]), 1, ("nowhere", "custom_nodes")),
         (lambda r: r["sources"][0].update(promts=["x"]), 2, ("sources[0].promts", "did you mean prompts?")),
     ],
-    ids=["no such LoRA", "another content", "no such model", "no such pack", "unknown key"],
+    ids=["no such LoRA", "another content", "no such model", "no model", "no CLIP", "no such pack", "unknown key"],
 )
 def test_errors_name_what_is_wrong(checkout, base, node_file, tmp_path, change, code, words):
+    (base / "models" / "diffusion_models" / "no_model.safetensors").write_bytes(
+        safetensors.torch.save({"x": torch.ones(1)})
+    )
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(without(recipe_of(files(base)), change)))
     found, _, err = run(checkout, base, recipe, "--output", tmp_path / "out.safetensors")
