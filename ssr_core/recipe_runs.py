@@ -61,6 +61,9 @@ def read_runs(settings: Mapping[str, Any], sources: Sequence[Mapping[str, Any]],
         if RECORDS in run["settings"]:
             raise _lost(name, "a part of it was put together from records")
         hashes = _hashes(sources, name)
+        scenes = run["settings"].get("joint_prompts") or run["settings"].get("neutral_prompts")
+        if scenes and run.get("order") != hashes:
+            raise _lost(name, "a part of it has joint or neutral prompts, and its LoRAs stood in another order there")
         prompts = _prompts_of(run, name)
         absent = [one["name"] for one, sha256 in zip(sources, hashes, strict=True) if sha256 not in prompts]
         if absent:

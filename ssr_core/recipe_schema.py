@@ -119,6 +119,7 @@ _RUN = _object(
             "description": "For each LoRA its sha256 and the list of its prompts.",
         },
         "weight": {"type": "number", "exclusiveMinimum": 0, "description": "How much the run's tokens count."},
+        "order": {"type": "array", "items": _TEXT, "description": "The LoRAs' sha256 in the order of joint prompts."},
     },
     ("settings", "prompts", "weight"),
 )

@@ -13,6 +13,7 @@ from ssr_core import (
     RecordOptions,
     RecordUse,
     SampleOptions,
+    Scene,
     Share,
     SSRMerge,
     combine,
@@ -180,6 +181,17 @@ def test_runs_that_cannot_be_made_again_are_refused_with_the_reason(tmp_path):
         change(broken, broken["calibration"]["settings"]["runs"])
         refused(broken, words)
     assert len(runs) == 2
+
+
+def test_joint_prompts_of_a_run_need_its_loras_in_their_order():
+    tasks, scenes = recorded_tasks(2), (Scene("two", (0, 1)),)
+    parts = [run_of(tasks, [("a",), ("b",)], {"seed": seed, "sampled_tokens": 0}) for seed in range(2)]
+    parts = [replace(one, stats={}, stack_tasks={}, signatures={}) for one in parts]  # what they saw is no matter
+    parts[1] = replace(parts[1], scenes=scenes, settings={**parts[1].settings, "joint_prompts": ["[1, 2] two"]})
+    _, value, recipe = recipe_of(tasks, combine(parts))
+    assert [run.settings.get("joint_prompts") for run in recipe.runs] == [None, ["[1, 2] two"]]
+    value["sources"].reverse()
+    refused(value, "stood in another order")
 
 
 def test_a_latent_with_content_is_refused_in_any_run():
