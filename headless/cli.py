@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
@@ -71,6 +72,12 @@ def parser() -> argparse.ArgumentParser:
         help="insist that the recipe is a merged file, and fail if it comes out otherwise (beyond rounding)",
     )
     add("--trust-graph", action="store_true", help="run any node and custom node pack that a merged file's graph names")
+    add(
+        "--patience",
+        type=_hours,
+        metavar="HOURS",
+        help="under torchrun: how long to wait for a process that hangs, or whose machine is gone; default: 12",
+    )
     add("--check", action="store_true", help="only check the recipe")
     add("--example", action="store_true", help="print an example recipe")
     add("--quiet", action="store_true", help="no progress bar")
@@ -82,6 +89,16 @@ def parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--clip-type", metavar="TYPE", help="its type, as in ComfyUI's CLIP loader")
     return made
+
+
+def _hours(text: str) -> timedelta:
+    try:
+        hours = float(text)
+    except ValueError:
+        hours = 0.0
+    if not 0 < hours <= 10_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of hours above 0")
+    return timedelta(hours=hours)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -175,7 +192,8 @@ def _run(given: argparse.Namespace, host_options: Sequence[str]) -> int:
         from . import work
 
         gpu = None if "--cpu" not in host_options else False
-        with _bar(started, shown=first and not given.quiet), joined(gpu) as ranks:
+        waiting = () if given.patience is None else (given.patience,)
+        with _bar(started, shown=first and not given.quiet), joined(gpu, *waiting) as ranks:
             wanted = work.Wanted(given.output, given.overwrite, given.save_calibration, given.recipe.absolute().parent)
             if isinstance(recipe, OSRMRecipe):
                 from . import osrm

@@ -9,7 +9,8 @@ import torch
 
 from ..nodes import host, osrm_init, osrm_refit, paths, saving
 from ..ssr_core import FileError, IncompatibleError, OSRMRecipe, Ranks, atomic_path
-from .work import Wanted, check_new, entry_of, opened, pass_options
+from .calibrating import pass_options
+from .work import Wanted, check_new, entry_of, opened
 
 _REPORT = ".report.md"
 
@@ -41,7 +42,7 @@ def _init(recipe: OSRMRecipe, wanted: Wanted) -> tuple[list[Path], list[str]]:
     check_new([path, report], wanted)
     model, clip = opened(recipe.model)
     others = osrm_init.other_tasks("\n".join(recipe.prompts), (), clip)
-    passes, progress = pass_options(recipe.settings), host.Progress(model)
+    passes, progress = pass_options(recipe.settings or {}), host.Progress(model)
     text = osrm_init.write_init(
         path, others, model, clip, passes, recipe.moments, recipe.init, progress, wanted.overwrite
     )
@@ -61,7 +62,7 @@ def _refit(recipe: OSRMRecipe, wanted: Wanted) -> tuple[list[Path], list[str]]:
     report = _place("osrm_refit", _REPORT, wanted)
     check_new([*made, report], wanted)
     model, clip = opened(recipe.model)
-    passes, progress = pass_options(recipe.settings), host.Progress(model)
+    passes, progress = pass_options(recipe.settings or {}), host.Progress(model)
     refitted = osrm_refit.refit(entries, model, clip, passes, recipe.moments, recipe.refit, progress)
     acting = [path for path, on in zip(made, refitted.acting, strict=True) if on]
     for path, tensors in zip(acting, refitted.tensors, strict=True):

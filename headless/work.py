@@ -10,11 +10,10 @@ from typing import Any, cast
 
 import torch
 
-from ..nodes import compressing, entries, host, loading, options, passes, paths, pipeline, saving
+from ..nodes import compressing, entries, host, loading, options, paths, pipeline, saving
 from ..nodes.host.graph import load_packs, run_graph
 from ..nodes.model_info import model_identity
 from ..ssr_core import (
-    PASS_DEFAULTS,
     Calibration,
     CompressionReport,
     FileError,
@@ -23,11 +22,10 @@ from ..ssr_core import (
     Source,
     TaskRecord,
     atomic_path,
-    check_unsupported,
-    load_calibration,
     read_safetensors,
     save_calibration,
 )
+from .calibrating import calibrated
 from .loaders import model_graph
 
 
@@ -62,15 +60,18 @@ def carry_out(recipe: Recipe, wanted: Wanted, ranks: Ranks) -> tuple[list[Path],
     Raises:
         SSRMergeError: Says what is wrong, where, and what to do.
     """
-    check_new(_files(wanted), wanted)
+    check_new(_files(wanted), wanted, ranks)
     with torch.inference_mode():  # as ComfyUI runs its nodes
         model, clip = opened(recipe.model)
         remarks = _identity_remarks(recipe, model)
         progress = host.Progress(model)
         merging = tuple(entry_of(source, wanted.beside) for source in recipe.sources)
-        calibration, known, loaded = _calibration(recipe, merging, model, clip, progress, wanted, ranks)
+        made = calibrated(recipe, merging, model, clip, progress, wanted.beside, ranks)
         if ranks.rank > 0:
             return [], remarks
+        calibration, known, loaded = made
+        if wanted.calibration is not None and calibration is not None and recipe.calibration_file is None:
+            save_calibration(calibration, wanted.calibration, wanted.overwrite)
         if loaded is None or loaded.entries != loading.acting(merging, clip):
             loaded = loading.load(merging, model, clip, progress, known)
         merged, report = _merged(recipe, loaded, model, clip, calibration, progress)
@@ -80,15 +81,19 @@ def carry_out(recipe: Recipe, wanted: Wanted, ranks: Ranks) -> tuple[list[Path],
     return [path], remarks
 
 
-def check_new(paths: Sequence[Path], wanted: Wanted) -> None:
+def check_new(paths: Sequence[Path], wanted: Wanted, ranks: Ranks | None = None) -> None:
     """Refuse to replace files, unless that is wanted.
+
+    The first process writes, perhaps on a disk of its own, so its answer holds for all: the others would wait for it
+    to no end.
 
     Raises:
         FileError: One exists.
     """
-    for path in paths if not wanted.overwrite else ():
-        if path.exists():
-            raise FileError("a file of this name exists already.", file=str(path), remedy="give --overwrite.")
+    taken = [str(path) for path in paths if path.exists() and not wanted.overwrite]
+    in_the_way = (ranks or Ranks()).told(taken[0] if taken else "")
+    if in_the_way:
+        raise FileError("a file of this name exists already.", file=in_the_way, remedy="give --overwrite.")
 
 
 def opened(model: Mapping[str, Any]) -> tuple[Any, Any | None]:
@@ -147,42 +152,6 @@ def entry_of(source: Source, beside: Path) -> entries.LoRAEntry:
             remedy="put the file back that was merged, or take sha256 out of the recipe.",
         )
     return replace(entry, convert=source.convert)
-
-
-def _calibration(
-    recipe: Recipe,
-    merging: entries.LoRAEntries,
-    model: Any,
-    clip: Any | None,
-    progress: host.Progress,
-    wanted: Wanted,
-    ranks: Ranks,
-) -> tuple[Calibration | None, tuple[Any, ...], loading.Loaded | None]:
-    """The calibration, LoRAs that were converted for it, and the LoRAs as they were calibrated."""
-    if recipe.settings is None:
-        return None, (), None
-    if recipe.calibration_file is not None:
-        return load_calibration(wanted.beside / recipe.calibration_file), (), None
-    then = tuple(
-        entry.with_strengths(*source.calibrated_at) for entry, source in zip(merging, recipe.sources, strict=True)
-    )
-    loaded = loading.load(then, model, clip, progress)
-    check_unsupported(loaded.tasks, cast(Any, recipe.unsupported))
-    calibration = passes.calibrate(loaded, model, clip, pass_options(recipe.settings), progress, ranks)
-    if wanted.calibration is not None and ranks.rank == 0:
-        save_calibration(calibration, wanted.calibration, wanted.overwrite)
-    return calibration, pipeline.socket_of(calibration, loaded).known(model), loaded
-
-
-def pass_options(settings: Mapping[str, Any] | None) -> options.CalibrationOptions:
-    """How to sample, by the settings of a recipe; what is absent is as in the nodes."""
-    given = dict(settings or {})
-    values = {**PASS_DEFAULTS, **{name: given[name] for name in PASS_DEFAULTS if name in given}}
-    if "sigmas" in given and given.get("custom_sigmas", True):
-        values["sigmas"] = torch.tensor([*given["sigmas"], 0.0])  # what follows the last one is not evaluated
-    if "latent" in given and given.get("custom_latent", True):
-        values["latent"] = {"samples": torch.full(tuple(given["latent"]), float(given.get("latent_fill") or 0.0))}
-    return options.calibration_options(values)
 
 
 def _merged(

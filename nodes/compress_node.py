@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..ssr_core import LIMITS, CompressOptions, IncompatibleError
+from ..ssr_core import KEY_STYLES, LIMITS, CompressOptions, IncompatibleError
 from . import compressing, host, pipeline
 from .inputs import CATEGORY, LORA_MODEL, MODEL_TIP, SSR_CALIBRATION, merge_outputs
 from .loading import load
@@ -70,7 +70,9 @@ class SSRCompress(io.ComfyNode):
                 "this LORA_MODEL does not come from SSR-Merge.",
                 remedy="connect LORA_MODEL of SSR Merge, SSR Solve or NP-LoRA Merge; a single LoRA goes through them too.",
             )
-        options = CompressOptions(values["limit"], values[values["limit"]], values["ridge"])
+        options = CompressOptions(
+            values["limit"], values[values["limit"]], values["ridge"], values.get("key_style", _DEFAULTS.key_style)
+        )
         progress = host.Progress(model)
         known = () if calibration is None else calibration.known(model)
         loaded = load(lora.origin.entries, model, clip, progress, known)
@@ -134,5 +136,14 @@ def _limit_inputs() -> list[io.Input]:
             advanced=True,
             tooltip="How much inputs count that calibration did not see. 0 (recommended) is exact on those that it saw; "
             "0.01 keeps more for prompts far from the calibrated ones.",
+        ),
+        io.Combo.Input(
+            "key_style",
+            options=list(KEY_STYLES),
+            default=_DEFAULTS.key_style,
+            optional=True,
+            advanced=True,
+            tooltip="For limit megabytes and share: the key_style that SSR Save LoRA will have. diffusers files of models "
+            "with fused layers are larger, for each of q, k and v takes a copy of what they share.",
         ),
     ]

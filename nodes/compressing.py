@@ -51,7 +51,7 @@ def compressed(
             layer=min(missing),
             remedy="connect the base model that was connected to the merge.",
         )
-    sizes = bytes_per_rank(layers, loaded.key_map)
+    sizes = bytes_per_rank(layers, loaded.key_map, options.key_style)
     begin = progress.reached
     result, report = compress(
         origin.result,

@@ -7,7 +7,7 @@ from typing import Any
 
 from . import host
 
-MERGES = frozenset({"SSRMerge", "SSRSolve", "SSRNPLoRAMerge", "SSRCompress"})
+MERGES = frozenset({"SSRMerge", "SSRSolve", "SSRMergeFromRecords", "SSRNPLoRAMerge", "SSRCompare", "SSRCompress"})
 """Nodes whose MODEL and CLIP are what a merge was made on."""
 
 

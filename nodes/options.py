@@ -18,6 +18,7 @@ from ..ssr_core import (
     PaddingMode,
     SampleOptions,
     SSRMerge,
+    tensors_hash,
 )
 from . import host
 from .forward import Apply
@@ -28,6 +29,10 @@ DTYPES: Mapping[str, torch.dtype | None] = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
+
+
+CUSTOM_LATENT = "custom latent"
+"""Setting: hash of a connected LATENT, as the model takes it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,13 @@ class CalibrationOptions:
         if self.latent is not None:
             return host.prepare_latent(model, self.latent)
         return host.empty_latent(model, self.width, self.height, self.frames)
+
+    def latent_content(self, model: Any) -> dict[str, object]:
+        """Setting that tells one connected LATENT from another of the same shape; none without one."""
+        latent = None if self.latent is None else self.latent_for(model)
+        if not isinstance(latent, Tensor):
+            return {}
+        return {CUSTOM_LATENT: tensors_hash({"samples": latent})[:16]}
 
     def sigmas_for(self, model: Any) -> Tensor:
         """The connected SIGMAS, or those of a short schedule; the last one is not evaluated."""

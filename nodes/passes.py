@@ -77,6 +77,7 @@ def calibrate(
         for number in range(len(scenes)):
             passes.run_scene(number, *parts)
         settings = {**settings, "sigmas": passes.sigmas[:-1].tolist(), "latent": list(passes.latent.shape)}
+        settings |= options.latent_content(model)
     return assemble(loaded.tasks, parts, model=model_identity(model), settings=settings, ranks=ranks)
 
 
@@ -156,7 +157,9 @@ class Passes:
                 ready = ready or encoded
             elif given is None:
                 raise CalibrationError(
-                    "its prompts need a CLIP.", file=entry.name, remedy="connect CLIP, or a CONDITIONING to SSR LoRA."
+                    "its prompts need a CLIP.",
+                    file=entry.name,
+                    remedy="connect CLIP, or a CONDITIONING to SSR LoRA; a recipe names clip and clip_type in model.",
                 )
             self._sample(index, (index,), ready, stack.enter_context(model_calibrator.task(index)))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..ssr_core import SMALL_RECORDS, check_unsupported, from_records
+from ..ssr_core import SMALL_RECORDS, check_unsupported
 from . import host, pipeline, recording
 from .entries import LoRAEntries, flatten
 from .inputs import (
@@ -25,7 +25,7 @@ from .inputs import (
 from .loading import load
 from .options import calibration_options, solve_method, solve_options
 from .record_inputs import record_size_inputs
-from .record_weights import parse_prompt_weights, record_notes, weighted
+from .record_weights import parse_prompt_weights, put_together, record_notes
 from .showing import merge_ui
 
 _CLIP_TIP = "Encodes the prompts; text-encoder layers of the LoRAs are recorded too."
@@ -123,11 +123,7 @@ class SSRMergeFromRecords(io.ComfyNode):
         options = recording.recording_options(values)
         sampling = calibration_options(values)
         found = recording.obtain(loaded, model, clip, sampling, options, progress)
-        loaded, found = weighted(loaded, found, weights)
-        calibration = from_records(
-            loaded.tasks, found.shares, small=values["small_records"], tick=lambda done, total: host.check_cancel()
-        )
-        calibration = replace(calibration, settings={**sampling.settings(), **calibration.settings})
+        loaded, found, calibration = put_together(loaded, found, weights, sampling, values["small_records"])
         merged = pipeline.solve(loaded, model, clip, calibration, solving, progress)
         report = replace(
             merged.report,

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..ssr_core import IncompatibleError, Share
+from ..ssr_core import Calibration, IncompatibleError, Share, SmallRecords, from_records
+from . import host
 from .loading import Loaded
+from .options import CalibrationOptions
 from .recording import Recorded
 
 
@@ -57,6 +59,30 @@ def weighted(loaded: Loaded, recorded: Recorded, weights: Sequence[Sequence[floa
         entries.append(left)
         tasks.append(replace(task, prompts=left.identity))
     return replace(loaded, entries=tuple(entries), tasks=tuple(tasks)), replace(recorded, shares=tuple(shares))
+
+
+def put_together(
+    loaded: Loaded,
+    recorded: Recorded,
+    weights: Sequence[Sequence[float]],
+    sampling: CalibrationOptions,
+    small: SmallRecords = "accept",
+) -> tuple[Loaded, Recorded, Calibration]:
+    """The calibration that records add up to.
+
+    Args:
+        loaded: The LoRAs.
+        recorded: Their records.
+        weights: For each LoRA one for each prompt.
+        sampling: How they were recorded.
+        small: As in `from_records`.
+
+    Returns:
+        LoRAs and records without prompts of weight 0, and the calibration.
+    """
+    loaded, recorded = weighted(loaded, recorded, weights)
+    calibration = from_records(loaded.tasks, recorded.shares, small=small, tick=lambda done, total: host.check_cancel())
+    return loaded, recorded, replace(calibration, settings={**sampling.settings(), **calibration.settings})
 
 
 def record_notes(recorded: Recorded, settings: Mapping[str, Any]) -> list[str]:

@@ -23,7 +23,6 @@ from ..ssr_core import (
     check_memory,
     finished,
     records_of,
-    tensors_hash,
 )
 from . import host, paths
 from .entries import LoRAEntry
@@ -46,11 +45,13 @@ class RecordingOptions:
         record: How much new ones keep.
         missing: What to do about a LoRA without a record.
         store: Where new ones are written.
+        exactly: Whether larger ones will not do.
     """
 
     record: RecordOptions
     missing: Missing = "record"
     store: Store = "library"
+    exactly: bool = False
 
 
 def recording_options(values: Mapping[str, Any]) -> RecordingOptions:
@@ -61,8 +62,9 @@ def recording_options(values: Mapping[str, Any]) -> RecordingOptions:
 
 
 def library() -> RecordLibrary:
-    """The library of this installation: its own folder, and all folders with LoRAs."""
-    return RecordLibrary(paths.record_root(), sorted({host.lora_path(name).parent for name in host.lora_files()}))
+    """The library of this installation: its own folder, that of the calibrations, and all folders with LoRAs."""
+    root = paths.record_root()
+    return RecordLibrary(root, [root.parent, *sorted({host.lora_path(name).parent for name in host.lora_files()})])
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def obtain(
     where = known or library()
     units = _units(loaded, model, clip, calibration)
     least = options.record if options.missing == "record" else None
-    files = [where.find(unit.identity, least) for unit in units]
+    files = [where.find(unit.identity, least, exactly=options.exactly) for unit in units]
     absent = [unit for unit, file in zip(units, files, strict=True) if file is None]
     if absent and options.missing == "refuse":
         first = absent[0]
@@ -150,9 +152,8 @@ def _units(loaded: Loaded, model: Any, clip: Any | None, options: CalibrationOpt
         "sigmas": options.sigmas_for(model)[:-1].tolist(),
         "latent": list(latent.shape),
         "padding": options.padding,
+        **options.latent_content(model),
     }
-    if options.latent is not None:
-        settings["custom latent"] = tensors_hash({"samples": latent})[:16]
     identity = model_identity(model)
     text = "" if clip is None else model_identity(clip.patcher)
     units = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from ..ssr_core import Calibration, IncompatibleError, combine, extend, from_rec
 from . import host, pipeline
 from .entries import LoRAEntries, LoRAEntry
 from .loading import load
-from .options import CalibrationOptions
+from .options import CUSTOM_LATENT, CalibrationOptions
 from .record_weights import record_notes
 from .recording import RecordingOptions, obtain
 
@@ -82,11 +82,13 @@ def join(
     entries = (*pipeline.entries_of(socket, ()), *new)
     loaded = load(entries, model, clip, progress, socket.known(model))
     sampling = sampling_of(socket.calibration, latent, sigmas)
+    notes = check_connected(socket.calibration, sampling, model)
     found = obtain(loaded, model, clip, sampling, options, progress)
     guess = from_records(loaded.tasks, found.shares, tick=lambda done, total: host.check_cancel())
+    about = {**cast(Mapping[str, Any], guess.settings["records"]), "extends": True}
     settings = {**socket.calibration.settings, **guess.settings, "joint_prompts": [], "neutral_prompts": []}
-    joined = replace(extend(socket.calibration, guess), settings=settings)
-    notes = record_notes(found, joined.settings)
+    joined = replace(extend(socket.calibration, guess), settings={**settings, "records": about})
+    notes = [*record_notes(found, joined.settings), *notes]
     lost = len(socket.calibration.scenes)
     if lost:
         notes.append(f"{lost} joint or neutral prompts are gone: what the new LoRAs read under them is not known.")
@@ -125,6 +127,36 @@ def sampling_of(
             f"the calibration does not say with which {err} it was made (sums of different runs do not).",
             remedy="add LoRAs to its parts before combining them, or calibrate again.",
         ) from err
+
+
+def check_connected(calibration: Calibration, sampling: CalibrationOptions, model: Any) -> list[str]:
+    """Refuse another LATENT or other SIGMAS than the calibration was made with, before any pass is run.
+
+    Returns:
+        What cannot be checked, in words.
+
+    Raises:
+        IncompatibleError: Says which of the two differs.
+    """
+    settings: Mapping[str, Any] = calibration.settings
+    sigmas, latent = sampling.sigmas_for(model)[:-1].tolist(), sampling.latent_for(model)
+    if settings.get("sigmas", sigmas) != sigmas:
+        raise IncompatibleError(
+            f"its noise levels were {settings['sigmas']}, these are {sigmas}.",
+            remedy="connect the SIGMAS and the MODEL that it was made with.",
+        )
+    known = settings.get(CUSTOM_LATENT)
+    same_shape = settings.get("latent", list(latent.shape)) == list(latent.shape)
+    if not same_shape or (known is not None and sampling.latent_content(model) != {CUSTOM_LATENT: known}):
+        raise IncompatibleError(
+            "it was made with another LATENT.", remedy="connect the LATENT that was connected to SSR Calibrate."
+        )
+    if settings.get("custom_latent") and known is None:
+        return [
+            "The calibration is of an earlier version and does not say what its LATENT held: whether it is the one that "
+            "is connected now was checked by its shape alone."
+        ]
+    return []
 
 
 def combined(

@@ -7,6 +7,7 @@ ComfyUI" shows the few calls that a merge takes.
 from .adapters import RESTS, Adapter, Conversion, ConvertOptions, DenseGroup, KeyRecord, LoRALayer, Rest
 from .advice import prompt_warnings
 from .again import largest_difference, rounding
+from .atomic import atomic_path
 from .calibration import Calibration
 from .calibration_io import load_calibration, save_calibration
 from .calibrator import Calibrator, assemble
@@ -25,7 +26,7 @@ from .errors import (
     SolveError,
     SSRMergeError,
 )
-from .files import atomic_path, content_hash, read_safetensors, tensors_hash, write_safetensors
+from .files import content_hash, read_safetensors, tensors_hash, write_safetensors
 from .forward import ForwardLoRA
 from .gram import GramStats
 from .headless import calibrate, calibrate_sharded
@@ -59,6 +60,7 @@ from .padding import PaddingMode, TextRows
 from .parse import read_adapter
 from .ranks import Ranks, joined
 from .recipe import Recipe, Source, parse_recipe, read_recipe
+from .recipe_runs import RecordUse, Run
 from .recipe_schema import PASS_DEFAULTS, SCHEMA
 from .records import TaskRecord, records_of
 from .report import FileAccount, LayerReport, MergeReport
@@ -66,10 +68,11 @@ from .router import ANCHORS, Anchor
 from .sampling import InputSample, SampleOptions
 from .scenes import Scene, SceneStats, parse_scenes
 from .signals.budget import MB
+from .signals.cleaning import CleanRule, clean
 from .signals.estimate import SMALL_RECORDS, SmallRecords, from_records
 from .signals.factor import InputFactor
 from .signals.identity import RecordIdentity
-from .signals.library import CleanRule, Listed, RecordLibrary, clean, listing_text
+from .signals.library import Listed, RecordLibrary, listing_text
 from .signals.record_io import RecordFile, open_record, save_record
 from .signals.recorder import Recorder, finished, record, unknown_share
 from .signals.shares import Share
@@ -155,11 +158,13 @@ __all__ = [
     "RecordIdentity",
     "RecordLibrary",
     "RecordOptions",
+    "RecordUse",
     "Recorder",
     "RefitMode",
     "RefitOptions",
     "RefitResult",
     "Rest",
+    "Run",
     "SCHEMA",
     "SMALL_RECORDS",
     "SSRMerge",

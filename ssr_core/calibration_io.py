@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from .adapters import RESTS, ConvertOptions
+from .atomic import atomic_path
 from .calibration import Calibration
 from .calibration_tensors import (
     read_sample,
@@ -22,7 +23,7 @@ from .calibration_tensors import (
     scene_tensors,
 )
 from .errors import CalibrationError, FileError
-from .files import atomic_path, json_text, read_safetensors, write_safetensors
+from .files import json_text, read_safetensors, write_safetensors
 from .gram import GramStats
 from .heldout import HeldOut
 from .records import TaskRecord

@@ -228,7 +228,9 @@ def _runs(calibration: Calibration, weight: float) -> list[dict[str, Any]]:
     earlier: Any = calibration.settings.get(RUNS)
     if earlier is None:
         prompts = [[record.fingerprint, list(record.prompts)] for record in calibration.tasks]
-        earlier = [{"settings": dict(calibration.settings), "prompts": sorted(prompts), "weight": 1.0}]
+        # joint prompts name LoRAs by their numbers
+        order = {"order": [record.fingerprint for record in calibration.tasks]} if calibration.scenes else {}
+        earlier = [{"settings": dict(calibration.settings), "prompts": sorted(prompts), "weight": 1.0, **order}]
     return [{**run, "weight": run["weight"] * weight} for run in earlier]
 
 

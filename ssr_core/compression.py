@@ -13,6 +13,7 @@ from .adapters import LoRALayer
 from .allocation import allocate
 from .calibration import Calibration
 from .compression_report import CompressedLayer, CompressionReport
+from .emit import KEY_STYLES, KeyStyle
 from .errors import IncompatibleError
 from .lookup import Statistics
 from .merge import MergeResult, cast
@@ -37,6 +38,8 @@ class CompressOptions:
         value: Its value.
         ridge: Weight of inputs that calibration did not see (`output_directions`); 0 is exact on those
             that it saw.
+        key_style: In whose names the file will be written, which matters for its size: diffusers repeats
+            the downs of split rows.
 
     Raises:
         IncompatibleError: A value is out of its range.
@@ -45,12 +48,15 @@ class CompressOptions:
     limit: Limit = "rank"
     value: float = 32
     ridge: float = 0.0
+    key_style: KeyStyle = "comfy"
 
     def __post_init__(self) -> None:
         if self.limit not in LIMITS:
             raise _refused(f"the limit is {self.limit!r}.", f"use one of {', '.join(LIMITS)}.")
         if not (math.isfinite(self.value) and self.value > 0):
             raise _refused(f"{self.limit} is {self.value}.", "use a number above 0.")
+        if self.key_style not in KEY_STYLES:
+            raise _refused(f"the key style is {self.key_style!r}.", f"use one of {', '.join(KEY_STYLES)}.")
         if self.limit == "rank" and self.value != int(self.value):
             raise _refused(f"the rank is {self.value}.", "use a whole number.")
         if self.limit in ("error", "share") and self.value > 1:
@@ -61,7 +67,9 @@ class CompressOptions:
     def describe(self) -> str:
         """As it stands in reports."""
         unit = {"rank": "rank {:g}", "error": "error {:g}", "megabytes": "{:g} MB", "share": "{:.0%} of the size"}
-        return unit[self.limit].format(self.value) + (f", ridge {self.ridge:g}" if self.ridge else "")
+        named = self.limit in ("megabytes", "share") and self.key_style != "comfy"
+        words = [unit[self.limit].format(self.value), *([f"in {self.key_style} names"] if named else [])]
+        return ", ".join([*words, *([f"ridge {self.ridge:g}"] if self.ridge else [])])
 
 
 def _refused(what: str, remedy: str) -> IncompatibleError:

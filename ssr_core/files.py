@@ -1,11 +1,9 @@
-"""Reading files that come from strangers, and writing files that are never half there."""
+"""Reading files that come from strangers, and what goes into files of our own."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,53 +111,6 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise FileError(
             f"not a whole safetensors file ({err}).", file=path.name, remedy="download or export it again."
         ) from err
-
-
-@contextmanager
-def atomic_path(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Give a temporary path in the same folder; rename it to `path` if the block succeeds.
-
-    On any exception, Cancel included, the temporary file is removed and `path` is untouched.
-
-    Raises:
-        FileError: `path` exists and `overwrite` is False, the folder cannot be written, or the disk is full.
-    """
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        mode = temporary.stat().st_mode
-    except OSError as err:
-        raise FileError(f"cannot write here ({err.strerror}).", file=str(path)) from err
-    try:
-        yield temporary
-        temporary.chmod(mode)  # safetensors makes its files private
-        if overwrite:
-            temporary.replace(path)
-        else:
-            _rename_to_new(temporary, path)
-    except FileError as err:
-        if err.file != str(temporary):
-            raise
-        raise FileError(err.what, file=str(path), remedy=err.remedy) from err  # nobody knows the temporary name
-    except OSError as err:
-        raise FileError(
-            f"writing failed ({err.strerror or err}).", file=str(path), remedy="check the free disk space."
-        ) from err
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _rename_to_new(temporary: Path, path: Path) -> None:
-    """Rename, but never over a file that exists: a hard link fails where a rename would overwrite."""
-    try:
-        os.link(temporary, path)
-    except OSError as err:
-        if path.exists():
-            raise FileError(
-                "a file of this name exists already.", file=str(path), remedy="choose another name."
-            ) from err
-        temporary.rename(path)  # a file system without hard links
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

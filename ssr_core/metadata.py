@@ -95,29 +95,15 @@ def with_recipe(metadata: Mapping[str, str], more: Mapping[str, object]) -> dict
     return {**metadata, KEY: json_text({**recipe, **more})}
 
 
-_APART = {"runs": "was combined or reweighted from several runs", "records": "was put together from records"}
-"""Settings of calibrations that no passes give again, whatever else their settings say."""
-
-
-def check_one_run(value: Any, name: str) -> None:
-    """Refuse metadata of what is no merge, and of a merge whose calibration did not come from one run.
+def check_merge(value: Any, name: str) -> None:
+    """Refuse metadata of a file that is no merge.
 
     Raises:
-        FileError: It was combined, reweighted, or made from records; or OSRM Init wrote the file.
+        FileError: OSRM Init wrote it.
     """
     if isinstance(value, dict) and value.get("method") == START:
         raise FileError(
             "OSRM Init wrote it, to start training from; it is no merge.",
             file=name,
             remedy="write a recipe with osrm_init (docs/headless.md) to make such a file again.",
-        )
-    at = value
-    for key in ("calibration", "settings"):
-        at = at.get(key) if isinstance(at, dict) else None
-    made = [words for key, words in _APART.items() if isinstance(at, dict) and key in at]
-    if made:
-        raise FileError(
-            f"it cannot be made again from its metadata: its calibration {' and '.join(made)}, which the file lacks.",
-            file=name,
-            remedy="save that calibration (SSR Save Calibration) and give it as calibration.file in a recipe.",
         )

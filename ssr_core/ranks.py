@@ -91,6 +91,23 @@ class Ranks:
                 found[target][name] = part.view_as(value).to(dtype if name in _GRAMS else value.dtype)
         return {target: _with_sums(stats[target], found[target]) for target in order}
 
+    def told(self, text: str) -> str:
+        """What the first process says, on every process.
+
+        Args:
+            text: Its words; those of the others do not matter.
+
+        Raises:
+            CalibrationError: A process was lost.
+        """
+        if self.size == 1:
+            return text
+        mine = text.encode() if self.rank == 0 else b""
+        length = int(self._sum(torch.tensor([float(len(mine))])))
+        letters = torch.zeros(length, dtype=torch.float64)
+        letters[: len(mine)] = torch.tensor(list(mine), dtype=torch.float64)
+        return bytes(self._sum(letters).long().tolist()).decode() if length else ""
+
     def least(self, number: int) -> int:
         """The smallest of a number, not negative, that every process has.
 

@@ -13,8 +13,9 @@ from .compression import CompressOptions
 from .emit import KeyStyle
 from .errors import FileError, IncompatibleError
 from .files import read_metadata
-from .metadata import KEY, check_one_run
+from .metadata import KEY, check_merge
 from .methods import METHODS, MergeMethod
+from .recipe_runs import RecordUse, Run, read_record_use, read_runs
 from .recipe_schema import SCHEMA
 from .schema import problems
 
@@ -63,6 +64,8 @@ class Recipe:
         key_style: Names in the file.
         same_model: False if it was solved from the calibration of another model.
         remarks: What reading it left out.
+        runs: Runs whose sum the calibration is; empty for one run by `settings`.
+        records: What the records were that the calibration is put together from; None for passes.
     """
 
     sources: tuple[Source, ...]
@@ -78,6 +81,8 @@ class Recipe:
     key_style: KeyStyle = "comfy"
     same_model: bool = True
     remarks: tuple[str, ...] = field(default=())
+    runs: tuple[Run, ...] = field(default=())
+    records: RecordUse | None = None
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -130,7 +135,7 @@ def parse_recipe(value: Any, name: str, *, recorded: bool = False) -> Recipe:
         FileError: Names every wrong key.
     """
     if recorded:
-        check_one_run(value, name)
+        check_merge(value, name)
     wrong = problems(value, SCHEMA, unknown=not recorded)
     if wrong:
         raise refused(name, wrong)
@@ -145,10 +150,15 @@ def parse_recipe(value: Any, name: str, *, recorded: bool = False) -> Recipe:
     hidden = [one.name for one in sources if any(CONDITIONING in prompt for prompt in one.prompts)]
     if hidden and settings is not None:
         raise refused(name, [f"{hidden[0]} was calibrated with a CONDITIONING, whose content is not in the file"])
-    if recorded and settings is not None and settings.get("custom_latent") and settings.get("latent_fill") is None:
-        raise refused(name, ["it was calibrated on a LATENT with content, or not known to be empty; the file lacks it"])
-
+    runs = read_runs(settings or {}, value["sources"], name)
+    for one in ([run.settings for run in runs] or [settings or {}]) if recorded else ():
+        if one.get("custom_latent") and one.get("latent_fill") is None:
+            raise refused(
+                name, ["it was calibrated on a LATENT with content, or not known to be empty; the file lacks it"]
+            )
     compress = value.get("compress")
+    if compress is not None and not recorded:  # files of earlier versions counted in comfy's names
+        compress = {"key_style": value.get("key_style", "comfy"), **compress}
     try:
         options = None if compress is None else CompressOptions(**_known(compress, CompressOptions))
     except IncompatibleError as err:
@@ -167,6 +177,8 @@ def parse_recipe(value: Any, name: str, *, recorded: bool = False) -> Recipe:
         value.get("key_style", "comfy"),
         value.get("calibrated_on_this_model", True),
         remarks,
+        runs,
+        read_record_use(settings or {}, value["sources"], name),
     )
 
 

@@ -75,39 +75,83 @@ _SOURCE = _object(
     ("name",),
 )
 
+_PASSES: dict[str, Any] = {
+    "seed": {"type": "integer", "minimum": 0, "maximum": 2**64 - 1},
+    "steps": {"type": "integer", "minimum": 1, "maximum": 100},
+    "width": {"type": "integer", "minimum": 16},
+    "height": {"type": "integer", "minimum": 16},
+    "frames": {"type": "integer", "minimum": 1},
+    "scheduler": _TEXT,
+    "padding": {"enum": list(get_args(PaddingMode))},
+    "sampled_tokens": {"type": "integer", "minimum": 0, "description": "Whole inputs kept; 0 for none."},
+    "joint_prompts": {
+        **_LINES,
+        "description": "Prompts of all LoRAs together, as a list or line by line; [name or number, ...] before one "
+        "names some.",
+    },
+    "neutral_prompts": {**_LINES, "description": "Prompts under which no LoRA should act, likewise."},
+    "held_out": {"type": "integer", "minimum": 0, "description": f"One token of so many was held out. {_NOTED}"},
+    "memory_budget_gb": {"type": "number", "minimum": 0},
+    "sigmas": {
+        "type": "array",
+        "items": {"type": "number", "exclusiveMinimum": 0},
+        "description": "Noise levels at which the model is evaluated, instead of steps and scheduler.",
+    },
+    "custom_sigmas": {"type": "boolean", "description": "Whether sigmas counts; true where it is given if absent."},
+    "latent": {
+        "type": "array",
+        "items": {"type": "integer", "minimum": 1},
+        "description": "Shape of the latent, instead of width, height and frames.",
+    },
+    "custom_latent": {"type": "boolean", "description": "Whether latent counts; true where it is given if absent."},
+    "latent_fill": {"type": ["number", "null"], "description": "The one value of all the latent; 0 if absent."},
+    "custom latent": {**_TEXT, "description": f"Hash of the latent, in records. {_NOTED}"},
+}
+
+_HOW = "How the calibration passes run; what is absent is as in SSR Merge."
+
+_RUN = _object(
+    {
+        "settings": _object({**_PASSES, "records": {"type": "object"}}, description=_HOW),
+        "prompts": {
+            "type": "array",
+            "items": {"type": "array", "minItems": 2},
+            "description": "For each LoRA its sha256 and the list of its prompts.",
+        },
+        "weight": {"type": "number", "exclusiveMinimum": 0, "description": "How much the run's tokens count."},
+        "order": {"type": "array", "items": _TEXT, "description": "The LoRAs' sha256 in the order of joint prompts."},
+    },
+    ("settings", "prompts", "weight"),
+)
+
+_RECORDS = {
+    "type": "object",
+    "properties": {
+        "extends": {"type": "boolean", "description": "Whether they were added to a calibration by passes."},
+        "passes": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {
+                    "sha256": _TEXT,
+                    "prompts": {"type": "array", "items": _TEXT},
+                    "weight": {"type": "number", "exclusiveMinimum": 0},
+                    "options": {"type": "object"},
+                },
+                "required": ["sha256", "prompts", "weight"],
+            },
+        },
+    },
+    "description": f"Which records it was put together from. {_NOTED}",
+}
+
 _SETTINGS = _object(
     {
-        "seed": {"type": "integer", "minimum": 0, "maximum": 2**64 - 1},
-        "steps": {"type": "integer", "minimum": 1, "maximum": 100},
-        "width": {"type": "integer", "minimum": 16},
-        "height": {"type": "integer", "minimum": 16},
-        "frames": {"type": "integer", "minimum": 1},
-        "scheduler": _TEXT,
-        "padding": {"enum": list(get_args(PaddingMode))},
-        "sampled_tokens": {"type": "integer", "minimum": 0, "description": "Whole inputs kept; 0 for none."},
-        "joint_prompts": {
-            **_LINES,
-            "description": "Prompts of all LoRAs together, as a list or line by line; [name or number, ...] before one "
-            "names some.",
-        },
-        "neutral_prompts": {**_LINES, "description": "Prompts under which no LoRA should act, likewise."},
-        "held_out": {"type": "integer", "minimum": 0, "description": f"One token of so many was held out. {_NOTED}"},
-        "memory_budget_gb": {"type": "number", "minimum": 0},
-        "sigmas": {
-            "type": "array",
-            "items": {"type": "number", "exclusiveMinimum": 0},
-            "description": "Noise levels at which the model is evaluated, instead of steps and scheduler.",
-        },
-        "custom_sigmas": {"type": "boolean", "description": "Whether sigmas counts; true where it is given if absent."},
-        "latent": {
-            "type": "array",
-            "items": {"type": "integer", "minimum": 1},
-            "description": "Shape of the latent, instead of width, height and frames.",
-        },
-        "custom_latent": {"type": "boolean", "description": "Whether latent counts; true where it is given if absent."},
-        "latent_fill": {"type": ["number", "null"], "description": "The one value of all the latent; 0 if absent."},
+        **_PASSES,
+        "runs": {"type": "array", "items": _RUN, "description": "Runs whose sum the calibration is, instead of one."},
+        "records": _RECORDS,
     },
-    description="How the calibration passes run; what is absent is as in SSR Merge.",
+    description=_HOW,
 )
 
 _LINK = {"type": ["array", "null"], "description": "[node id, output number]"}
@@ -172,6 +216,10 @@ SCHEMA: dict[str, Any] = {
                         "limit": {"enum": list(LIMITS)},
                         "value": {"type": "number", "exclusiveMinimum": 0},
                         "ridge": {"type": "number", "minimum": 0},
+                        "key_style": {
+                            "enum": list(KEY_STYLES),
+                            "description": "Of the file whose size counts; that of the recipe if absent.",
+                        },
                     },
                     ("limit", "value"),
                 ),

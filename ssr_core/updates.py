@@ -160,7 +160,7 @@ def _check_settings(exact: Calibration, estimate: Calibration) -> None:
     off = ["model"] if exact.model != estimate.model else []
     off += [
         f"{name} {json_text(estimate.settings[name])} instead of {json_text(exact.settings[name])}"
-        for name in ("seed", "sigmas", "latent", "padding")
+        for name in ("seed", "sigmas", "latent", "custom latent", "padding")
         if name in exact.settings and name in estimate.settings and exact.settings[name] != estimate.settings[name]
     ]
     if off:

@@ -22,10 +22,10 @@ _INTRO = """A record keeps low-rank factors of the second moments of one LoRA's 
 records needs no forward pass. `make bench-records` writes this page."""
 _LOSES = """World: a small flow transformer (width {width}, MLP {mlp}, {depth} blocks) trained for {base_steps}
 steps on drawings, and {loras} LoRAs of rank 8 trained on it for {lora_steps}: little training, but inputs whose
-spectrum falls off as trained ones do. Merged rank {rank}; one step of {images} pictures with 64 tokens each.
-Held-out: another noise. The exact route's error there is {exact:.3f}; the table has the error from records over
-that one, and in brackets the relative distance of the routers, root mean squares over the layers. All factors
-in half precision."""
+spectrum falls off as trained ones do. Merged rank {rank}; {steps} sampling steps, the nodes' default, of {images}
+pictures with 64 tokens each. Held-out: another noise. The exact route's error there is {exact:.3f}; the table has the
+error from records over that one, and in brackets the relative distance of the routers, root mean squares over the
+layers. All factors in half precision."""
 _ENGINE = """The engine's way (bold) keeps 8 columns more than the number above it: the LoRA's own rows. They make the
 router's guide exact for any LoRAs that come later; the energy that the factors lack is spread evenly over the other
 directions. At the default of {columns} columns the held-out error is {plain:.4f} times the exact one's. Those are

@@ -34,6 +34,7 @@ class Size:
         depth: Blocks.
         loras: How many are merged.
         images: Pictures in a pass, 64 tokens each.
+        steps: Of the sampling that is recorded; as many as the nodes take.
     """
 
     base_steps: int = 150
@@ -42,9 +43,10 @@ class Size:
     depth: int = 2
     loras: int = 4
     images: int = 16
+    steps: int = 4
 
 
-TOY = Size(2, 2, 32, 1, 2, 2)
+TOY = Size(2, 2, 32, 1, 2, 2, 2)
 CALIBRATION, HELD_OUT = 0, 5
 """Seeds of the noise."""
 
@@ -69,7 +71,7 @@ class World:
         base = base_model(cache, ((size.base_steps, 1.5e-3),), size.depth, size.width)
         loras = [lora(base, who, cache, size.lora_steps) for who in subjects()[: size.loras]]
         self.case = Case(base, loras, CALIBRATION)
-        self._sampling = Sampling(steps=1, used=1, images=size.images)
+        self._sampling = Sampling(steps=size.steps, images=size.images)
         self.inputs = self._inputs(CALIBRATION)
         self.held_out = [{path: x.float() for path, x in one.items()} for one in self._inputs(HELD_OUT)]
         acts = [any(float((one[path] @ one[path].T).trace()) > 0 for one in self.case.deltas) for path in self.paths]
@@ -89,10 +91,12 @@ class World:
         case = Case(self.case.base, self.case.loras, seed)
         found = []
         for index, model in enumerate(self.case.singles):
+            steps: dict[str, list[Tensor]] = {}
             with reading(model) as inputs:
                 for _ in case.passes(model, index, self._sampling):
-                    kept = {path: x.double() for path, x in inputs.items()}
-            found.append(kept)
+                    for path, x in inputs.items():
+                        steps.setdefault(path, []).append(x.double())
+            found.append({path: torch.cat(parts) for path, parts in steps.items()})
         return found
 
     @cached_property

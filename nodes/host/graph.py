@@ -44,7 +44,7 @@ def run_graph(graph: Graph, wanted: Sequence[Sequence[Any] | None]) -> list[Any]
 
     Raises:
         IncompatibleError: A node, an input or an output does not exist.
-        FileError: A file is not there.
+        FileError: A file is not there, or is none that its loader knows.
     """
     done: dict[str, Sequence[Any]] = {}
     return [None if link is None else _output(graph, link, done, ()) for link in wanted]
@@ -88,12 +88,22 @@ def _run(kind: str, inputs: Mapping[str, Any]) -> Sequence[Any]:
         raise FileError(
             f"{kind} does not find its file ({err}).", file=_files(inputs), remedy="correct the name in model."
         ) from err
+    except (RuntimeError, ValueError) as err:  # what ComfyUI's loaders raise for files that they do not know
+        raise FileError(
+            f"{kind} cannot load it ({_first_line(err)}).",
+            file=_files(inputs),
+            remedy="name another file in model, or try it in ComfyUI first.",
+        ) from err
     except TypeError as err:
         raise IncompatibleError(f"{kind} does not take these inputs ({err}).", remedy="correct the recipe.") from err
     if inspect.iscoroutine(found):
         found = asyncio.run(found)
     result: Sequence[Any] = getattr(found, "result", found)
     return result
+
+
+def _first_line(err: Exception) -> str:
+    return next(iter(str(err).splitlines()), type(err).__name__).rstrip(".")
 
 
 def _files(inputs: Mapping[str, Any]) -> str:

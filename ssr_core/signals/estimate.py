@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
@@ -81,7 +81,7 @@ def from_records(
     first = next((mine[0] for mine in used if mine), None)
     settings: dict[str, object] = {} if first is None else dict(first.record.identity.settings)
     unsampled = sum(one.samples is None and one.complete for one in stats.values())
-    settings["records"] = {**missing.settings(), "unsampled": unsampled, "passes": [_passes(mine) for mine in used]}
+    settings["records"] = {**missing.settings(), "unsampled": unsampled, "passes": _passes(used)}
     return Calibration(
         records_of(tasks),
         stats,
@@ -178,5 +178,16 @@ def _lacking(factor: InputFactor, stack: LayerStack, record: RecordFile, small: 
     return needed
 
 
-def _passes(shares: Sequence[Share]) -> list[Mapping[str, object]]:
-    return [{"key": share.record.identity.key, "weight": share.weight} for share in shares]
+def _passes(shares: Sequence[Sequence[Share]]) -> list[Mapping[str, object]]:
+    """What it takes to find or make the same records again."""
+    return [
+        {
+            "key": share.record.identity.key,
+            "weight": share.weight,
+            "sha256": share.record.identity.task.fingerprint,
+            "prompts": list(share.record.identity.task.prompts),
+            "options": asdict(share.record.options),
+        }
+        for mine in shares
+        for share in mine
+    ]

@@ -1,4 +1,4 @@
-"""A folder of records: found by what they were made of, listed, cleaned.
+"""A folder of records: found by what they were made of, listed.
 
 There is no index: a record's name begins with the key of its identity, and each file appears whole
 or not at all. Any number of processes may write at once; the same record twice is the same file.
@@ -6,10 +6,12 @@ or not at all. Any number of processes may write at once; the same record twice 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..atomic import stale_scratch
 from ..errors import FileError
 from ..targets import Target
 from .factor import InputFactor
@@ -28,6 +30,7 @@ class Listed:
         modified: When it was written, in seconds since 1970.
         record: What it holds; None if it cannot be used.
         problem: Why not.
+        content: What tells it from a file that another process puts there later; None for `unfinished`.
     """
 
     path: Path
@@ -35,6 +38,12 @@ class Listed:
     modified: float
     record: RecordFile | None
     problem: str = ""
+    content: tuple[int, ...] | None = None
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether it is no file, but what a killed process left while it wrote one."""
+        return self.content is None
 
 
 class RecordLibrary:
@@ -65,12 +74,15 @@ class RecordLibrary:
         save_record(path, identity, options, layers)
         return open_record(path)
 
-    def find(self, identity: RecordIdentity, least: RecordOptions | None = None) -> RecordFile | None:
+    def find(
+        self, identity: RecordIdentity, least: RecordOptions | None = None, *, exactly: bool = False
+    ) -> RecordFile | None:
         """The largest usable record of one run.
 
         Args:
             identity: What it must have been made of.
             least: Records that keep less than this do not count; None takes any.
+            exactly: Nor do those that keep more.
         """
         found = []
         for folder in self.folders:
@@ -80,13 +92,15 @@ class RecordLibrary:
                 if one is not None and one.record is not None and one.record.identity.key == identity.key:
                     found.append(one.record)
         if least is not None:
-            found = [one for one in found if _covers(one.options, least)]
+            found = [one for one in found if (one.options == least if exactly else _covers(one.options, least))]
         return max(found, key=lambda one: _size(one.options), default=None)
 
     def listing(self) -> list[Listed]:
-        """All files, the newest first; what cannot be read has its reason."""
+        """All files, the newest first; what cannot be read has its reason. And what killed processes left."""
         paths = {path for folder in self.folders for path in folder.glob(f"*{SUFFIX}")}
         found = [one for path in paths if not path.name.startswith(".") and (one := _listed(path)) is not None]
+        left = [one for folder in self.folders for one in stale_scratch(folder)]
+        found += [Listed(path, size, changed, None, _LEFT) for path, size, changed in left]
         return sorted(found, key=lambda one: (-one.modified, str(one.path)))
 
     def nearest(self, identity: RecordIdentity) -> str:
@@ -111,6 +125,14 @@ class RecordLibrary:
         return "no record was made of this LoRA" if best is None else best[1]
 
 
+_LEFT = "left by a process that was killed while it wrote"
+
+
+def content_of(stat: os.stat_result) -> tuple[int, ...]:
+    """What stays the same as long as nobody puts another file in a file's place."""
+    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
 def size_name(options: RecordOptions) -> str:
     """What tells records of different size apart."""
     budget = f"-{options.budget_mb:g}mb" if options.budget_mb else ""
@@ -131,73 +153,24 @@ def _listed(path: Path) -> Listed | None:
         stat = path.stat()
     except FileNotFoundError:
         return None
+    known = content_of(stat)  # of before: a file that is replaced while it is read is none that was listed
     try:
-        return Listed(path, stat.st_size, stat.st_mtime, open_record(path))
+        return Listed(path, stat.st_size, stat.st_mtime, open_record(path), "", known)
     except FileError as err:
-        return Listed(path, stat.st_size, stat.st_mtime, None, str(err)) if path.exists() else None
-
-
-@dataclass(frozen=True)
-class CleanRule:
-    """Which records go.
-
-    Attributes:
-        damaged: Those that cannot be read, of other versions included.
-        older_than_days: Those that were written longer ago; 0 for any age.
-        contents: If given, those whose LoRA is none of these fingerprints: its file changed or is gone.
-        everything: All.
-    """
-
-    damaged: bool = True
-    older_than_days: float = 0.0
-    contents: Collection[str] | None = None
-    everything: bool = False
-
-    def reason(self, one: Listed, now: float) -> str:
-        """Why a record goes; empty if it stays."""
-        if self.everything:
-            return "all were to go"
-        if one.record is None:
-            return one.problem if self.damaged else ""
-        if self.contents is not None and one.record.identity.task.fingerprint not in self.contents:
-            return "its LoRA changed or is gone"
-        days = (now - one.modified) / 86400
-        return f"{days:.0f} days old" if 0 < self.older_than_days < days else ""
-
-
-def clean(listed: Sequence[Listed], rule: CleanRule, now: float, *, dry: bool) -> list[tuple[Listed, str]]:
-    """Remove records.
-
-    Args:
-        listed: `RecordLibrary.listing()`.
-        rule: Which ones.
-        now: Seconds since 1970.
-        dry: Only say which.
-
-    Returns:
-        Those that went (or would go), with the reason.
-
-    Raises:
-        FileError: One cannot be removed.
-    """
-    chosen = [(one, reason) for one in listed if (reason := rule.reason(one, now))]
-    for one, _ in chosen if not dry else []:
-        try:
-            one.path.unlink(missing_ok=True)
-        except OSError as err:
-            raise FileError(f"cannot remove the record ({err.strerror}).", file=str(one.path)) from err
-    return chosen
+        return Listed(path, stat.st_size, stat.st_mtime, None, str(err), known) if path.exists() else None
 
 
 def listing_text(listed: Sequence[Listed], folder: Path) -> str:
     """A library as people read it."""
-    total = sum(one.size for one in listed)
-    lines = [f"# Records in {folder}", "", f"{len(listed)} records, {total / 1e6:.1f} MB.", ""]
+    total, left = sum(one.size for one in listed), sum(one.unfinished for one in listed)
+    also = f" {left} of them were never finished; clean removes them." if left else ""
+    lines = [f"# Records in {folder}", "", f"{len(listed)} records, {total / 1e6:.1f} MB.{also}", ""]
     if listed:
         lines += ["| LoRA | strength | prompts | columns | MB | model | file |", "|---|---|---|---|---|---|---|"]
     for one in listed:
         if one.record is None:
-            lines.append(f"| refused | | | | {one.size / 1e6:.1f} | | {one.path.name}: {one.problem} |")
+            state = "unfinished" if one.unfinished else "refused"
+            lines.append(f"| {state} | | | | {one.size / 1e6:.1f} | | {one.path.name}: {one.problem} |")
             continue
         task, size = one.record.identity.task, one.record.options.columns
         prompts = " / ".join(task.prompts).replace("|", "\\|")

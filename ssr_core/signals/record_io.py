@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -15,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..atomic import atomic_path
 from ..errors import CalibrationError, FileError
-from ..files import atomic_path, json_text, open_safetensors, write_safetensors
+from ..files import json_text, open_safetensors, write_safetensors
 from ..finite import all_finite
-from ..sampling import InputSample
 from ..targets import Target
 from .budget import distinct
 from .factor import InputFactor
 from .identity import RECORD_VERSION, RecordIdentity
 from .record_header import checked_factor, read_identity, read_options
+from .record_parts import crc, fits, packed, unpacked
 from .sketch import RecordOptions
 
 FORMAT = "ssr_record"
@@ -32,6 +32,7 @@ FORMAT = "ssr_record"
 SUFFIX = ".ssrrecord"
 """Not .safetensors: ComfyUI would list records beside their LoRAs as LoRAs."""
 _AGAIN = "delete it and record the LoRA again."
+_RETRY = "another process writes or cleans this library; run it again, which finds or makes the record."
 _DAMAGE = (
     KeyError,
     TypeError,
@@ -57,7 +58,7 @@ def save_record(
     factors = []
     for index, (factor, targets) in enumerate(distinct(layers)):
         parts = {"columns": factor.columns.to(torch.float16), "norms": factor.norms.to(torch.float32)}
-        parts |= {} if factor.sample is None else _packed(factor.sample)
+        parts |= {} if factor.sample is None else packed(factor.sample)
         factors.append(
             {
                 "own": factor.own,
@@ -66,7 +67,7 @@ def save_record(
                 "nonfinite": factor.nonfinite,
                 "bfloat16": factor.sample is not None and factor.sample.rows.dtype == torch.bfloat16,
                 "layers": [[target.part, target.module_path] for target in targets],
-                "crc32": {name: _crc(part) for name, part in parts.items()},
+                "crc32": {name: crc(part) for name, part in parts.items()},
             }
         )
         tensors.update({f"{index}.{name}": part for name, part in parts.items()})
@@ -100,6 +101,7 @@ class RecordFile:
     identity: RecordIdentity
     options: RecordOptions
     _factors: tuple[dict[str, Any], ...] = field(repr=False)
+    _digest: str = field(repr=False)
 
     @cached_property
     def places(self) -> dict[Target, int]:
@@ -116,8 +118,20 @@ class RecordFile:
             return {target: factor for target in self.places if (factor := read(target)) is not None}
 
     def reading(self) -> RecordReader:
-        """A context in which single layers are read from the open file."""
+        """A context in which single layers are read from the open file.
+
+        The file stays open and the same, whoever puts another one into its place meanwhile.
+        """
         return RecordReader(self)
+
+    def check_same(self, metadata: Mapping[str, str]) -> None:
+        """Refuse a file that took this one's place since its header was read.
+
+        Raises:
+            FileError: Its header is another one.
+        """
+        if metadata.get(FORMAT, "").partition(" ")[0] != self._digest:
+            raise FileError("the record was replaced since it was looked up.", file=self.path.name, remedy=_RETRY)
 
     def parts(self, index: int) -> list[str]:
         """Names of a factor's tensors."""
@@ -131,8 +145,8 @@ class RecordFile:
         """
         entry, path = self._factors[index], self.path
         name = str(entry["layers"][0][1])
-        sums = {part: _crc(value) for part, value in parts.items()}
-        if sums != entry["crc32"] or not all(_fits(parts)) or not all(all_finite(one) for one in parts.values()):
+        sums = {part: crc(value) for part, value in parts.items()}
+        if sums != entry["crc32"] or not all(fits(parts)) or not all(all_finite(one) for one in parts.values()):
             raise FileError("the record's values are damaged.", file=path.name, layer=name, remedy=_AGAIN)
         return InputFactor(
             parts["columns"],
@@ -141,32 +155,8 @@ class RecordFile:
             entry["trace"],
             entry["tokens"],
             entry["nonfinite"],
-            None if "rows" not in parts else _unpacked(parts, entry["bfloat16"]),
+            None if "rows" not in parts else unpacked(parts, entry["bfloat16"]),
         )
-
-
-def _fits(parts: Mapping[str, Tensor]) -> list[bool]:
-    columns, norms = parts["columns"], parts["norms"]
-    fits = [columns.ndim == 2, columns.dtype == torch.float16, norms.dtype == torch.float32]
-    fits += [norms.shape == columns.shape[1:], bool((norms >= 0).all())]
-    if "rows" in parts:
-        rows, scales, weights = parts["rows"], parts["scales"], parts["weights"]
-        fits += [(rows.dtype, scales.dtype, weights.dtype) == (torch.float16, torch.float32, torch.float64)]
-        fits += [len(rows) > 0, bool((scales >= 0).all()), bool((weights > 0).all())]
-        fits += [rows.ndim == 2, rows.shape[1:] == columns.shape[:1], scales.shape == weights.shape == rows.shape[:1]]
-    return fits
-
-
-def _packed(sample: InputSample) -> dict[str, Tensor]:
-    """Tokens in half precision, whatever their size: each has a power of two of its own."""
-    rows = sample.rows.float()
-    scales = torch.exp2(torch.frexp(rows.abs().amax(dim=1)).exponent.float())
-    return {"rows": (rows / scales[:, None]).half(), "scales": scales, "weights": sample.weights.double()}
-
-
-def _unpacked(parts: Mapping[str, Tensor], narrow: bool) -> InputSample:
-    rows = parts["rows"].float() * parts["scales"][:, None]
-    return InputSample(rows.to(torch.bfloat16) if narrow else rows, parts["weights"])
 
 
 class RecordReader:
@@ -178,7 +168,19 @@ class RecordReader:
         self._file: Any = None
 
     def __enter__(self) -> RecordReader:
-        self._file = self._stack.enter_context(open_safetensors(self._record.path))
+        """Open the file.
+
+        Raises:
+            FileError: It was removed or replaced since its header was read, or cannot be read any more.
+        """
+        if not self._record.path.exists():
+            raise FileError(
+                "the record was removed since it was looked up.", file=self._record.path.name, remedy=_RETRY
+            )
+        with ExitStack() as opened:
+            self._file = opened.enter_context(open_safetensors(self._record.path))
+            self._record.check_same(self._file.metadata() or {})
+            self._stack = opened.pop_all()
         return self
 
     def __exit__(self, *raised: Any) -> None:
@@ -219,13 +221,8 @@ def open_record(path: Path) -> RecordFile:
             raise ValueError("its header was changed")
         identity = read_identity(header)
         factors = tuple(checked_factor(entry) for entry in header["factors"])
-        return RecordFile(path, identity, read_options(header["options"]), factors)
+        return RecordFile(path, identity, read_options(header["options"]), factors, digest)
     except FileError:
         raise
     except _DAMAGE as err:
         raise FileError(f"the record is damaged ({type(err).__name__}: {err}).", file=path.name, remedy=_AGAIN) from err
-
-
-def _crc(tensor: Tensor) -> int:
-    """Of the bytes; a few hundred MB take well below a second."""
-    return zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).flatten().numpy().data)

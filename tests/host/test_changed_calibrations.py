@@ -74,6 +74,27 @@ def test_loras_leave_and_join_a_calibration(server, base, library, kind):
     assert distance(saved(base, "rec_joined"), saved(base, "rec_whole")) < 0.02
 
 
+@pytest.mark.parametrize("other", ["latent", "sigmas"])
+def test_a_lora_joins_by_the_same_latent_and_sigmas_only(server, base, library, other):
+    """Same shapes, other content: refused before a pass is run."""
+    tasks, graph = loras(base, 3), MergeGraph(server)
+    model, given = graph.checkpoint(FAMILY), {"latent": graph.latent(FAMILY)}
+    given["sigmas"] = graph.first_sigmas(model, 2)
+    made = graph.merge(FAMILY, tasks[:2], "SSRCalibrate", model=model, **given)
+    if other == "latent":
+        graph.sample(FAMILY, model, seed=3)
+        given["latent"] = [next(key for key, node in graph.prompt.items() if node["class_type"] == "KSampler"), 0]
+    else:
+        schedule = graph.add("BasicScheduler", model=model, scheduler="simple", steps=10, denoise=1.0)
+        given["sigmas"] = graph.add("SplitSigmas", sigmas=schedule, step=2).out(0)
+    joined = graph.pack(
+        "SSREditCalibration", {"loras.lora0": graph.lora(FAMILY, tasks[2])}, calibration=made, model=model, **given
+    )
+    graph.add("PreviewAny", source=joined.out(1))
+    error = server.run(graph.prompt).error
+    assert {"latent": "another LATENT", "sigmas": "its noise levels were"}[other] in error and not library.exists()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

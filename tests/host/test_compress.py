@@ -41,6 +41,17 @@ def test_the_file_loads_to_the_live_model_and_has_its_size(server, base, case):
     assert "measured on" in text and "only one LoRA has the layer" in text
 
 
+@pytest.mark.parametrize("style", ["comfy", "diffusers"])
+def test_a_budget_in_megabytes_is_that_of_the_file_in_its_names(server, base, style):
+    """Fused layers of Flux take more bytes under diffusers' names."""
+    _, graph, _, small = graph_of(server, "flux-fused-split", base, limit="megabytes", megabytes=0.3, key_style=style)
+    saved = graph.save(small, f"small_{style}", style)
+    result = server.run(graph.prompt).ok()
+    size = tensor_bytes(base / "output" / "loras" / re.split(r"[\\/]", result.text(saved))[-1])
+    assert 0.28e6 < size <= 0.3e6
+    assert ("in diffusers names" in result.text(small)) == (style == "diffusers")
+
+
 def test_without_calibration_weights_decide_and_the_report_says_so(server, base):
     _, graph, _, small = graph_of(server, "flux-fused-split", base, limit="rank", rank=3)
     del graph.prompt[small.id]["inputs"]["calibration"]

@@ -12,6 +12,8 @@ import sys
 import time
 
 import pytest
+import safetensors.torch
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -167,19 +169,40 @@ def test_a_recipe_gives_what_the_nodes_give_and_torchrun_too(checkout, base, nod
     assert difference(alone, solved) < EQUAL
 
 
+def two_processes(checkout, base, port, arguments):
+    """As torchrun would start them."""
+    spread = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
+    processes = []
+    for rank in (0, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in {**spread, "RANK": str(rank)}.items():
+                patch.setenv(name, value)
+            processes.append(command(checkout, base, arguments[rank]))
+    return processes
+
+
+def test_an_output_that_the_first_process_has_already_stops_all_with_the_same_words(checkout, base, tmp_path):
+    """Each machine has a disk of its own: only that of the first one, which writes, counts."""
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(recipe_of(files(base))))
+    outputs = [tmp_path / "here" / "out.safetensors", tmp_path / "there" / "out.safetensors"]
+    outputs[0].parent.mkdir()
+    outputs[0].write_bytes(b"earlier")
+    arguments = [[recipe, "--output", output, "--patience", "0.1"] for output in outputs]
+    for process in two_processes(checkout, base, 29618, arguments):
+        err = process.communicate(timeout=300)[1]
+        assert process.returncode == 1, err
+        assert "exists already" in err and str(outputs[0]) in err and "--overwrite" in err
+    assert outputs[0].read_bytes() == b"earlier" and not outputs[1].parent.exists()
+
+
 def test_a_killed_process_is_an_error_and_leaves_no_file(checkout, base, node_file, tmp_path):
     """torchrun's own variables, without torchrun: each process has to notice by itself."""
     recipe, output = tmp_path / "recipe.json", tmp_path / "out.safetensors"
     values = recipe_of(files(base))
     values["calibration"]["settings"]["steps"] = 100
     recipe.write_text(json.dumps(values))
-    spread = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617", "LOCAL_RANK": "0"}
-    processes = []
-    for rank in (0, 1):
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in {**spread, "RANK": str(rank)}.items():
-                patch.setenv(name, value)
-            processes.append(command(checkout, base, [recipe, "--output", output]))
+    processes = two_processes(checkout, base, 29617, [[recipe, "--output", output]] * 2)
     _wait_for_progress(processes[0])
     processes[1].send_signal(signal.SIGKILL)
     err = processes[0].communicate(timeout=300)[1]
@@ -224,12 +247,25 @@ def without(values, path):
         (lambda r: r["sources"][0].update(name="absent.safetensors"), 1, ("absent.safetensors", "no loras folder")),
         (lambda r: r["sources"][0].update(sha256="0" * 64), 1, ("headless_80", "not that of the recipe", "What to do")),
         (lambda r: r["model"]["graph"]["u"]["inputs"].update(unet_name="nix.safetensors"), 1, ("nix.safetensors",)),
+        (
+            lambda r: r["model"]["graph"]["u"]["inputs"].update(unet_name="no_model.safetensors"),
+            1,
+            ("UNETLoader cannot load it", "no_model.safetensors", "What to do"),
+        ),
+        (
+            lambda r: r["model"].update(clip_link=None),
+            1,
+            ("need a CLIP", "clip_type in model"),
+        ),
         (lambda r: r["model"].update(custom_nodes=["nowhere"]), 1, ("nowhere", "custom_nodes")),
         (lambda r: r["sources"][0].update(promts=["x"]), 2, ("sources[0].promts", "did you mean prompts?")),
     ],
-    ids=["no such LoRA", "another content", "no such model", "no such pack", "unknown key"],
+    ids=["no such LoRA", "another content", "no such model", "no model", "no CLIP", "no such pack", "unknown key"],
 )
 def test_errors_name_what_is_wrong(checkout, base, node_file, tmp_path, change, code, words):
+    (base / "models" / "diffusion_models" / "no_model.safetensors").write_bytes(
+        safetensors.torch.save({"x": torch.ones(1)})
+    )
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(without(recipe_of(files(base)), change)))
     found, _, err = run(checkout, base, recipe, "--output", tmp_path / "out.safetensors")

@@ -1,11 +1,12 @@
 """One process of a calibration that several share; started by test_ranks.py, and nothing else.
 
-python rank_worker.py <folder for the answer> [lost] [sample]
+python rank_worker.py <folder for the answer> [lost] [stopped] [told] [sample]
 """
 
 import os
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -29,6 +30,10 @@ from ssr_core import (  # noqa: E402
     merge,
     save_calibration,
 )
+from ssr_core.ranks import PATIENCE  # noqa: E402
+
+HUNG = timedelta(seconds=20)
+"""How long the others wait for a process that hangs; starting all of them has to take less."""
 
 PROMPTS = (("a red fox", "a fox in snow", "fox"), ("a glass cat",), ("two teapots", "a teapot on a table"))
 
@@ -65,9 +70,15 @@ def main():
     def leave():
         if "lost" in sys.argv and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
+        if "stopped" in sys.argv and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGSTOP)
 
     try:
-        with joined() as ranks:
+        with joined(patience=HUNG if "stopped" in sys.argv else PATIENCE) as ranks:
+            if "told" in sys.argv:
+                words = "" if "nothing" in sys.argv else f"process {ranks.rank} says: größer"
+                (folder / str(ranks.rank)).write_text(ranks.told(words), encoding="utf-8")
+                return
             tasks, calibration = calibration_of(ranks, leave, SampleOptions(8) if "sample" in sys.argv else None)
             result = merge(tasks, SSRMerge(), calibration)
             assert result.layers

@@ -17,6 +17,7 @@ from recording import (
 from ssr_core import (
     Calibration,
     GramStats,
+    HeldOut,
     IncompatibleError,
     InputSample,
     SampleOptions,
@@ -30,6 +31,7 @@ from ssr_core import (
     records_of,
     save_calibration,
 )
+from ssr_core.triangles import pack
 
 OUT, IN, RANK = 7, 12, 3
 TASKS = conflicting_tasks(3, OUT, IN, RANK)
@@ -40,16 +42,17 @@ def made(seed, order=(0, 1, 2), prompts=None, model="m", dtype=F64):
     """A calibration of the three LoRAs with random statistics, the LoRAs in any order."""
     tasks = [replace(TASKS[i], prompts=(prompts or "p",)) for i in order]
     (stack,) = build_stacks(tasks)
-    grams = []
+    grams, held = [], []
     for i in order:
-        z = randn(100 * seed + i, 30, 3 * RANK) * (1 + seed)
-        gram = z.T @ z
         index = torch.cat([torch.arange(RANK * j, RANK * (j + 1)) for j in order])
-        grams.append(gram[index][:, index])
+        z = (randn(100 * seed + i, 30, 3 * RANK) * (1 + seed))[:, index]
+        grams.append(z.T @ z)
+        held.append(z[: 4 + i].T @ z[: 4 + i])
     counts = torch.tensor([30.0 + i + seed for i in order], dtype=F64)
     bad = torch.tensor([seed * (i + 1) for i in order])
     samples = tuple(InputSample(randn(900 * seed + i, 4, IN), torch.ones(4, dtype=F64)) for i in order)
-    stats = GramStats(torch.stack(grams).to(dtype), counts, bad, stack.basis_ranks, samples)
+    apart = HeldOut(pack(torch.stack(held).to(dtype)), torch.tensor([4.0 + i for i in order], dtype=F64))
+    stats = GramStats(torch.stack(grams).to(dtype), counts, bad, stack.basis_ranks, samples, apart)
     return Calibration(
         records_of(tasks),
         {LAYER: stats},
@@ -66,6 +69,8 @@ def close(a, b, tolerance=1e-12):
         x, y = a.stats[target], b.stats[target]
         assert x.gram.dtype == y.gram.dtype == F64 and rel(x.gram, y.gram) < tolerance
         assert rel(x.tokens, y.tokens) < tolerance and torch.equal(x.nonfinite, y.nonfinite)
+        assert x.held is not None and y.held is not None and x.held.packed.dtype == F64
+        assert rel(x.held.packed, y.held.packed) < tolerance and rel(x.held.tokens, y.held.tokens) < tolerance
         assert x.samples is not None and y.samples is not None
         for mine, theirs in zip(x.samples, y.samples, strict=True):
             assert torch.equal(mine.rows, theirs.rows) and rel(mine.weights, theirs.weights) < tolerance
@@ -94,8 +99,9 @@ def test_weights_multiply(weights, outer):
     found = combine([inner, made(3)], [outer, 1.0])
     close(found, combine([a, b, made(3)], [outer * weights[0], outer * weights[1], 1.0]))
     assert float(inner.stats[LAYER].tokens[0]) == 31 * weights[0] + 32 * weights[1]
-    grams = [one.stats[LAYER].gram for one in (a, b)]
-    assert rel(inner.stats[LAYER].gram, weights[0] * grams[0] + weights[1] * grams[1]) < 1e-12
+    for part in (lambda stats: stats.gram, lambda stats: stats.held_out().gram, lambda stats: stats.fitted().gram):
+        grams = [part(one.stats[LAYER]) for one in (a, b)]
+        assert rel(part(inner.stats[LAYER]), weights[0] * grams[0] + weights[1] * grams[1]) < 1e-12
 
 
 def test_float32_statistics_add_up_in_float64():
@@ -121,6 +127,23 @@ def test_runs_made_apart_equal_one_run_over_all_tokens(tmp_path):
     results = [merge(tasks, SSRMerge(), one).layers for one in (together, again)]
     for target, layer in results[0].items():
         assert rel(results[1][target].delta(), layer.delta()) < 1e-9
+
+
+def test_a_saved_run_keeps_its_prompts_and_joins_a_sum_with_them(tmp_path):
+    """One file after another: each run's own prompts are known afterwards, not only all of them together."""
+    words, loaded = ("a fox", "tea | two cups", "größer"), []
+    for seed, word in enumerate(words):
+        save_calibration(made(seed, prompts=word), tmp_path / f"{seed}")
+        loaded.append(load_calibration(tmp_path / f"{seed}"))
+        assert [one.prompts for one in loaded[-1].tasks] == [(word,)] * 3
+    save_calibration(combine(loaded), tmp_path / "whole")
+    whole = load_calibration(tmp_path / "whole")
+    assert [one.prompts for one in whole.tasks] == [tuple(sorted(words))] * 3
+    close(whole, combine([made(seed, prompts=word) for seed, word in enumerate(words)]))
+    found = {
+        run["settings"]["seed"]: {tuple(prompts) for _, prompts in run["prompts"]} for run in whole.settings["runs"]
+    }
+    assert found == {seed: {(word,)} for seed, word in enumerate(words)}
 
 
 def test_sampled_inputs_stay_with_their_runs_and_weights(tmp_path):

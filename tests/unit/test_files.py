@@ -152,7 +152,7 @@ def test_an_existing_file_stays_unless_overwrite_is_asked(tmp_path):
         temporary.write_bytes(b"new")
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
     with atomic_path(path, overwrite=True) as temporary:
-        assert temporary.parent == path.parent and path.read_bytes() == b"old"
+        assert temporary.parent.parent == path.parent and path.read_bytes() == b"old"
         temporary.write_bytes(b"new")
     assert path.read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 1
 

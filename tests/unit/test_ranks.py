@@ -35,7 +35,7 @@ def start(size, folder, *more):
     ]
 
 
-@pytest.mark.parametrize(("size", "more"), [(2, ()), (4, ()), (2, ("sample",))])
+@pytest.mark.parametrize(("size", "more"), [(2, ()), (4, ()), (2, ("sample",)), (4, ("sample",))])
 def test_many_processes_equal_one(size, more, tmp_path):
     running = start(size, tmp_path, *more)
     messages = [process.communicate(timeout=240)[1] for process in running]
@@ -73,6 +73,29 @@ def test_a_lost_process_is_an_error_on_all_and_no_file(tmp_path):
         assert f"process {rank} of 3 lost another one" in messages[rank], messages[rank]
         assert "What to do" in messages[rank]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGSTOP")
+def test_a_process_that_hangs_is_an_error_on_the_others_after_their_patience(tmp_path):
+    running = start(3, tmp_path, "stopped")
+    try:
+        messages = {rank: running[rank].communicate(timeout=240)[1] for rank in (0, 2)}
+    finally:
+        running[1].kill()
+        running[1].communicate()
+    assert [running[rank].returncode for rank in (0, 2)] == [1, 1]
+    for rank, message in messages.items():
+        assert f"process {rank} of 3 lost another one" in message, message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("nothing", [False, True])
+def test_all_hear_what_the_first_process_says(tmp_path, nothing):
+    running = start(3, tmp_path, "told", *(["nothing"] if nothing else []))
+    messages = [process.communicate(timeout=240)[1] for process in running]
+    assert [process.returncode for process in running] == [0] * 3, messages
+    heard = [(tmp_path / str(rank)).read_text(encoding="utf-8") for rank in range(3)]
+    assert heard == (["", "", ""] if nothing else ["process 0 says: größer"] * 3)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])

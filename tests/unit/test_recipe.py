@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from helpers import calibrated, conflicting_tasks, linear64, task_tokens
-from recording import Attention, record_all, recorded_tasks, tokens
 
 from ssr_core import (
     METHODS,
@@ -18,8 +17,6 @@ from ssr_core import (
     NPLoRAMerge,
     SSRMerge,
     SumMerge,
-    combine,
-    from_records,
     merge_metadata,
     parse_recipe,
     read_recipe,
@@ -214,25 +211,6 @@ def test_what_no_file_holds_is_refused():
     assert parse_recipe({**SMALLEST, "calibration": {"settings": settings | {"latent_fill": 0.0}}}, "x", recorded=True)
 
 
-def test_calibrations_that_no_run_gives_are_refused(tmp_path):
-    """As the real ones describe themselves, not as other versions' unknown settings."""
-    tasks, calibration = tasks_and_calibration()
-    seeds = [replace(calibration, settings={"seed": seed}) for seed in (0, 1)]
-    recorded, shares = (
-        recorded_tasks(2),
-        record_all(tmp_path, Attention(), recorded_tasks(2), [[tokens(0)], [tokens(1)]]),
-    )
-    for used, made, words in (
-        (tasks, combine(seeds), "combined or reweighted"),
-        (tasks, combine(seeds[:1], [0.5]), "combined or reweighted"),
-        (recorded, from_records(recorded, shares[0]), "from records"),
-    ):
-        text = merge_metadata(used, SSRMerge(), made)["ssr_merge"]
-        with pytest.raises(FileError, match=words) as found:
-            parse_recipe(json.loads(text), "merged.safetensors", recorded=True)
-        assert "merged.safetensors" in str(found.value) and "calibration.file" in str(found.value)
-
-
 def test_methods_without_calibration_run_no_pass():
     assert parse_recipe({**SMALLEST, "method": "sum"}, "x").settings is None
     assert parse_recipe({**SMALLEST, "method": "sum"}, "x").method == SumMerge()
@@ -278,5 +256,5 @@ def test_nodes_and_recipes_have_the_same_defaults():
             if default is not None and call.args[0].value in PASS_DEFAULTS:
                 found[call.args[0].value] = eval(ast.unparse(default), {"PASS_DEFAULTS": PASS_DEFAULTS})
     assert found == PASS_DEFAULTS
-    work = (ROOT / "headless" / "work.py").read_text(encoding="utf-8")
+    work = (ROOT / "headless" / "calibrating.py").read_text(encoding="utf-8")
     assert "**PASS_DEFAULTS" in work and "DEFAULTS:" not in work

@@ -25,7 +25,7 @@ from ssr_core import (
     read_safetensors,
     save_record,
 )
-from ssr_core.signals import record_io
+from ssr_core.signals import record_io, record_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -142,7 +142,7 @@ def resealed(path, change, **tensors):
     for name, value in tensors.items():
         index, part = name.removeprefix("t").split("_")
         known[f"{index}.{part}"] = value
-        header["factors"][int(index)]["crc32"][part] = record_io._crc(value)
+        header["factors"][int(index)]["crc32"][part] = record_parts.crc(value)
     text = json.dumps(header)
     digest = hashlib.sha256(text.encode()).hexdigest()
     save_file(known, path, {record_io.FORMAT: f"{digest} {text}"})
