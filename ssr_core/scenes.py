@@ -121,7 +121,7 @@ def parse_scenes(joint: Sequence[str], neutral: Sequence[str], names: Sequence[s
         names: Of the LoRAs.
 
     Raises:
-        IncompatibleError: No such LoRA, a name that several have, or fewer than two LoRAs.
+        IncompatibleError: No such LoRA, a name that several have, fewer than two LoRAs, or no text.
     """
     found = []
     for line in filter(None, map(str.strip, joint)):
@@ -132,21 +132,39 @@ def parse_scenes(joint: Sequence[str], neutral: Sequence[str], names: Sequence[s
                 f"the joint prompt {line!r} is of one LoRA alone.",
                 remedy="a prompt of one LoRA belongs to its SSR LoRA; name two or more: [alice, bob] two women.",
             )
-        found.append(Scene(line if match is None else match[2].strip(), tuple(sorted(tasks))))
+        prompt = line if match is None else match[2].strip()
+        if not prompt:
+            raise IncompatibleError(
+                f"the joint prompt {line!r} has no text.", remedy="write it in the same line: [alice, bob] two women."
+            )
+        found.append(Scene(prompt, tuple(sorted(tasks))))
     return (*found, *(Scene(line) for line in map(str.strip, neutral) if line))
 
 
-def scene_lines(scenes: Sequence[Scene]) -> tuple[list[str], list[str]]:
-    """Lines that `parse_scenes` reads as these scenes: joint ones by number, and neutral ones."""
-    joint = [f"[{', '.join(str(task + 1) for task in one.tasks)}] {one.prompt}" for one in scenes if one.tasks]
+def scene_lines(scenes: Sequence[Scene], names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Lines that `parse_scenes` reads as these scenes of LoRAs with these names: joint ones by number, and neutral ones."""
+    called = {spelling for name in names for spelling in _spellings(name)}
+
+    def number(task: int) -> str:
+        found = str(task + 1)
+        while found in called:  # a LoRA's name goes before a number
+            found = f"0{found}"
+        return found
+
+    joint = [f"[{', '.join(map(number, one.tasks))}] {one.prompt}" for one in scenes if one.tasks]
     return joint, [one.prompt for one in scenes if not one.tasks]
+
+
+def _spellings(name: str) -> tuple[str, str, str]:
+    """How people may write a LoRA's name."""
+    return name, PurePath(name).name, PurePath(name).stem
 
 
 def _chosen(wanted: str, names: Sequence[str]) -> int:
     """Index of the LoRA that a joint prompt names."""
     wanted = wanted.strip()
-    found = [i for i, name in enumerate(names) if wanted in (name, PurePath(name).name, PurePath(name).stem)]
-    if wanted.isdigit() and not found:
+    found = [i for i, name in enumerate(names) if wanted in _spellings(name)]
+    if wanted.isdecimal() and not found:
         found = [int(wanted) - 1] if 0 < int(wanted) <= len(names) else []
     if len(found) != 1:
         listed = ", ".join(f"{i} {name}" for i, name in enumerate(names, 1))

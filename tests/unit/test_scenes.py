@@ -1,6 +1,7 @@
 """Joint and neutral prompts: their passes, what they add to router and correction, and where they stay."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,6 +45,7 @@ from ssr_core import (
 )
 from ssr_core.calibration_io import FORMAT
 from ssr_core.methods.ssr import JOINT, NEUTRAL
+from ssr_core.scenes import scene_lines
 
 IN, OUT, RANK, K = 14, 9, 2, 3
 TASKS = conflicting_tasks(K, OUT, IN, RANK)
@@ -244,11 +246,35 @@ def test_lines_become_scenes():
         ("[4, 1] x", "'4'"),
         ("[bob] x", "one LoRA alone"),
         ("[] x", "''"),
+        ("[²,1] x", "'²'"),
+        ("[alice, bob]", "no text"),
     ):
         with pytest.raises(IncompatibleError, match=what):
             parse_scenes([wrong], [], names)
     with pytest.raises(IncompatibleError, match="several"):
         parse_scenes(["[x, y] z"], [], ["a/x.safetensors", "b/x.safetensors", "y"])
+
+
+def test_numbered_lines_are_read_back_where_loras_are_called_by_numbers():
+    names = ["people/2.safetensors", "1", "03.safetensors"]
+    scenes = (Scene("all", (0, 1, 2)), Scene("two", (0, 2)), Scene("nobody"))
+    assert parse_scenes(*scene_lines(scenes, names), names) == scenes
+
+
+def test_metadata_forgets_the_joint_prompts_of_loras_that_left():
+    settings = {"seed": 3, "joint_prompts": ["[1, 2] both"], "neutral_prompts": []}
+    left = keep(replace(calibrated(scenes=SCENES[:1], seen=SEEN[:1]), settings=settings), [2, 1])
+    recipe = json.loads(merge_metadata([TASKS[2], TASKS[1]], SSRMerge(), left)["ssr_merge"])
+    assert recipe["calibration"]["settings"] == {"seed": 3, "joint_prompts": [], "neutral_prompts": []}
+
+
+def test_scene_samples_of_another_width_are_refused():
+    calibration = calibrated(sample=SampleOptions(8))
+    stats = calibration.stats[LAYER]
+    samples = tuple(replace(one, rows=one.rows[:, 1:]) for one in stats.scenes.samples)
+    broken = {LAYER: replace(stats, scenes=replace(stats.scenes, samples=samples))}
+    with pytest.raises(IncompatibleError, match="sampled inputs are 13 wide"):
+        merged(replace(calibration, stats=broken), SSRMerge())
 
 
 def test_metadata_names_the_scenes_of_the_merged_loras():
