@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import CalibrationError, IncompatibleError
-from .sampling import InputSample
+from .sampling import InputSample, joined
 from .triangles import pack, packed_size, unpack
 
 
@@ -108,6 +108,45 @@ def scenes_of(scenes: Sequence[Scene], tasks: Sequence[int]) -> tuple[list[int],
     return kept, tuple(moved)
 
 
+def counted(scenes: Sequence[Scene]) -> list[tuple[Scene, int]]:
+    """Each scene with the number of its equals before it: a line written twice is two passes."""
+    return [(scene, list(scenes[:place]).count(scene)) for place, scene in enumerate(scenes)]
+
+
+def summed_scenes(
+    known: Sequence[Sequence[tuple[Scene, int]]],
+    parts: Sequence[SceneStats | None],
+    scenes: Sequence[tuple[Scene, int]],
+) -> SceneStats | None:
+    """All runs' scenes, those of equal prompt and LoRAs added up.
+
+    Args:
+        known: Scenes of each run, `counted`.
+        parts: What each run saw of them at one stack.
+        scenes: Those of all runs, each once.
+    """
+    found = []
+    for scene in scenes:
+        places = [(mine.index(scene), part) for mine, part in zip(known, parts, strict=True) if part and scene in mine]
+        found.append([one for at, part in places if (one := part.choose([at])) is not None])
+    if not found:
+        return None
+    samples = [_joined([one.samples for one in runs if float(one.tokens) > 0]) for runs in found]
+    kept = tuple(one for one in samples if one is not None)
+    return SceneStats(
+        torch.cat([torch.stack([one.packed for one in runs]).sum(dim=0) for runs in found]),
+        torch.cat([torch.stack([one.tokens for one in runs]).sum(dim=0) for runs in found]),
+        torch.cat([runs[0].active for runs in found]),
+        kept if len(kept) == len(samples) else None,
+    )
+
+
+def _joined(runs: Sequence[tuple[InputSample, ...] | None]) -> InputSample | None:
+    """One scene's samples of all runs; None where a run that saw the layer kept none."""
+    kept = [one[0] for one in runs if one is not None]
+    return joined([(one, 1.0) for one in kept]) if kept and len(kept) == len(runs) else None
+
+
 _CHOSEN = re.compile(r"\s*\[([^\]]*)\](.*)", re.DOTALL)
 
 
@@ -142,7 +181,12 @@ def parse_scenes(joint: Sequence[str], neutral: Sequence[str], names: Sequence[s
 
 
 def scene_lines(scenes: Sequence[Scene], names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Lines that `parse_scenes` reads as these scenes of LoRAs with these names: joint ones by number, and neutral ones."""
+    """Lines that `parse_scenes` reads as these scenes: joint ones by number, and neutral ones.
+
+    Args:
+        scenes: Some scenes.
+        names: Of the LoRAs, as for `parse_scenes`.
+    """
     called = {spelling for name in names for spelling in _spellings(name)}
 
     def number(task: int) -> str:

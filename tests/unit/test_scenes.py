@@ -232,6 +232,16 @@ def test_runs_add_up_scene_by_scene():
     assert rel(merged(combine([second, first]))[0], merged(total)[0]) < 1e-12
 
 
+def test_a_prompt_given_twice_counts_twice_in_sums_too():
+    twice, seen = (SCENES[0], SCENES[0], SCENES[2]), [SEEN[0], SEEN[1], SEEN[2]]
+    once = calibrated(scenes=twice, seen=seen)
+    assert rel(merged(combine([once]))[0], least_squares(TOKENS, seen, twice)) < 1e-10
+    more, other = [task_tokens(20 + k, 25, IN) for k in range(K)], [task_tokens(90, 11, IN)]
+    total = combine([calibrated(more, other, SCENES[:1]), once])
+    tokens = [torch.cat(pair) for pair in zip(TOKENS, more, strict=True)]
+    assert rel(merged(total)[0], least_squares(tokens, [torch.cat([SEEN[0], *other]), *seen[1:]], twice)) < 1e-10
+
+
 def test_lines_become_scenes():
     names = ["people/alice.safetensors", "bob.safetensors", "ink.safetensors"]
     lines = ["a picture of all", " ", "[alice, 2] alice and bob", "[people/alice.safetensors,ink] alice in ink"]
