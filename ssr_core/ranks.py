@@ -189,7 +189,8 @@ def _sums(stats: GramStats) -> dict[str, Tensor]:
     if stats.held is not None:
         found |= {"packed": stats.held.packed, "held": stats.held.tokens}
     if stats.scenes is not None:
-        found |= {"scenes": stats.scenes.packed, "scene_tokens": stats.scenes.tokens}
+        scenes = stats.scenes
+        found |= {"scenes": scenes.packed, "scene_tokens": scenes.tokens, "scene_nonfinite": scenes.nonfinite}
     return found
 
 
@@ -198,7 +199,8 @@ def _with_sums(stats: GramStats, sums: Mapping[str, Tensor]) -> GramStats:
     held = None if stats.held is None else HeldOut(sums["packed"], sums["held"])
     scenes = stats.scenes
     if scenes is not None:
-        scenes = replace(scenes, packed=sums["scenes"], tokens=sums["scene_tokens"])
+        counts = {"tokens": sums["scene_tokens"], "nonfinite": sums["scene_nonfinite"]}
+        scenes = replace(scenes, packed=sums["scenes"], **counts)
     return replace(
         stats, gram=sums["gram"], tokens=sums["tokens"], nonfinite=sums["nonfinite"], held=held, scenes=scenes
     )

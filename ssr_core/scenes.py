@@ -48,18 +48,21 @@ class SceneStats:
     Attributes:
         packed: (J, R (R + 1) / 2), float32 or float64: second moments of each scene, as upper triangles.
         tokens: (J,) float64, their weighted number; 0 where a scene did not reach the layer.
+        nonfinite: (J,) int64, tokens left out because a coordinate was NaN or infinite.
         active: (J, K) bool, which blocks of the stack act.
         samples: Whole inputs of the layer for each scene; None where any is lacking.
     """
 
     packed: Tensor
     tokens: Tensor
+    nonfinite: Tensor
     active: Tensor
     samples: tuple[InputSample, ...] | None = None
 
     def __post_init__(self) -> None:
         count = len(self.active)
-        fits = self.active.ndim == 2 and self.tokens.shape == (count,) and len(self.packed) == count
+        fits = self.active.ndim == 2 and len(self.packed) == count
+        fits &= self.tokens.shape == (count,) and self.nonfinite.shape == (count,)
         if not fits or (self.samples is not None and len(self.samples) != count):
             raise CalibrationError(f"statistics of shape {tuple(self.packed.shape)} do not belong to {count} scenes.")
 
@@ -74,7 +77,9 @@ class SceneStats:
             return None
         picked = torch.tensor(list(scenes), dtype=torch.long)
         samples = None if self.samples is None else tuple(self.samples[scene] for scene in scenes)
-        return SceneStats(self.packed[picked], self.tokens[picked], self.active[picked], samples)
+        return SceneStats(
+            self.packed[picked], self.tokens[picked], self.nonfinite[picked], self.active[picked], samples
+        )
 
     def pick(self, blocks: Tensor, rows: Tensor) -> SceneStats:
         """The same of some blocks and their coordinates."""
@@ -136,6 +141,7 @@ def summed_scenes(
     return SceneStats(
         torch.cat([torch.stack([one.packed for one in runs]).sum(dim=0) for runs in found]),
         torch.cat([torch.stack([one.tokens for one in runs]).sum(dim=0) for runs in found]),
+        torch.cat([torch.stack([one.nonfinite for one in runs]).sum(dim=0) for runs in found]),
         torch.cat([runs[0].active for runs in found]),
         kept if len(kept) == len(samples) else None,
     )

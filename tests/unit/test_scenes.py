@@ -209,6 +209,7 @@ def test_damaged_scenes_are_refused(tmp_path):
         ("0.scene_gram", tensors["0.scene_gram"][:, :-1].contiguous()),
         ("0.scene_tokens", -tensors["0.scene_tokens"]),
         ("0.scene_tokens", None),
+        ("0.scene_nonfinite", -1 - tensors["0.scene_nonfinite"]),
     ):
         kept = {key: one for key, one in {**tensors, name: value}.items() if one is not None}
         save_file(kept, tmp_path / "bad.safetensors", metadata)
@@ -220,6 +221,23 @@ def test_damaged_scenes_are_refused(tmp_path):
     save_file(tensors, tmp_path / "bad.safetensors", metadata)
     with pytest.raises(FileError, match="damaged"):
         load_calibration(tmp_path / "bad.safetensors")
+
+
+def test_tokens_of_scenes_that_are_not_finite_are_counted_and_said(tmp_path):
+    """Several LoRAs at once may overflow where each alone did not."""
+    spoiled = [x.clone() for x in SEEN]
+    spoiled[0][:] = float("nan")
+    spoiled[1][[2, 5]] = float("inf")
+    calibration = calibrated(seen=spoiled, sample=SampleOptions(8))
+    save_calibration(calibration, tmp_path / "c.safetensors")
+    for found, factor in ((load_calibration(tmp_path / "c.safetensors"), 1), (combine([replace(calibration, settings={})] * 2), 2)):
+        lost = found.stats[LAYER].scenes.nonfinite
+        assert dict(zip(found.scenes, lost.tolist(), strict=True)) == {
+            one: factor * count for one, count in zip(SCENES, (20, 2, 0), strict=True)
+        }
+        warning = next(line for line in merged(found)[1].warnings if "NaN" in line)
+        assert warning.startswith(f"{22 * factor} tokens were NaN or infinite")
+    assert [float(one) for one in keep(calibration, [0, 1]).stats[LAYER].scenes.nonfinite] == [20, 0]
 
 
 def test_runs_add_up_scene_by_scene():
