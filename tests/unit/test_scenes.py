@@ -230,7 +230,10 @@ def test_tokens_of_scenes_that_are_not_finite_are_counted_and_said(tmp_path):
     spoiled[1][[2, 5]] = float("inf")
     calibration = calibrated(seen=spoiled, sample=SampleOptions(8))
     save_calibration(calibration, tmp_path / "c.safetensors")
-    for found, factor in ((load_calibration(tmp_path / "c.safetensors"), 1), (combine([replace(calibration, settings={})] * 2), 2)):
+    for found, factor in (
+        (load_calibration(tmp_path / "c.safetensors"), 1),
+        (combine([replace(calibration, settings={})] * 2), 2),
+    ):
         lost = found.stats[LAYER].scenes.nonfinite
         assert dict(zip(found.scenes, lost.tolist(), strict=True)) == {
             one: factor * count for one, count in zip(SCENES, (20, 2, 0), strict=True)
