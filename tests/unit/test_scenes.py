@@ -44,6 +44,7 @@ from ssr_core import (
     save_calibration,
 )
 from ssr_core.calibration_io import FORMAT
+from ssr_core.lookup import Statistics
 from ssr_core.methods.ssr import JOINT, NEUTRAL
 from ssr_core.scenes import scene_lines
 
@@ -347,6 +348,33 @@ def test_scenes_without_a_pass_are_refused():
             lambda k, tap: module(TOKENS[k]),
             scenes=SCENES,
         )
+
+
+def test_room_for_a_solve_counts_the_scenes():
+    """Their Grams in float64, and with the rows of who acts, beside the tasks'."""
+    stack, bare = build_stacks(TASKS)[0], calibrated(scenes=(), seen=[])
+    with_scenes, without = (
+        Statistics(TASKS, SSRMerge(), one, "anchor", True).bytes_to_solve(stack) for one in (calibrated(), bare)
+    )
+    gram = 8 * sum(stack.basis_ranks) ** 2
+    assert 2 * len(SCENES) * gram <= with_scenes - without <= 4 * len(SCENES) * gram
+
+
+def test_a_joint_prompt_of_others_is_measured_as_a_neutral_one():
+    tasks = [*TASKS[:2], task("else", {Target("other"): lora(3, OUT, IN, RANK)})]
+    tasks.append(task("more", {Target("other"): lora(4, OUT, IN, RANK)}))
+    root = nn.ModuleDict({"layer": linear64(IN, OUT), "other": linear64(IN, OUT)})
+    x = [*TOKENS, TOKENS[0], SEEN[0]]
+
+    def run(index, tap):
+        for module in root.values():
+            module(x[index])
+
+    scenes = (Scene("else and more", (2, 3)),)
+    found = calibrate(root, tasks, build_stacks(tasks), run, scenes=scenes, run_scene=lambda j, tap: run(4, tap))
+    layers = {layer.target: layer for layer in merged(found, tasks=tasks)[1].layers}
+    assert set(layers[LAYER].measures) == {NEUTRAL}
+    assert set(layers[Target("other")].measures) == {JOINT}
 
 
 def test_convolutions_have_scenes_too():
