@@ -205,8 +205,8 @@ def _with_sums(stats: GramStats, sums: Mapping[str, Tensor]) -> GramStats:
     held = None if stats.held is None else HeldOut(sums["packed"], sums["held"])
     scenes = stats.scenes
     if scenes is not None:
-        counts = {"tokens": sums["scene_tokens"], "nonfinite": sums["scene_nonfinite"]}
-        scenes = replace(scenes, packed=sums["scenes"], **counts)
+        tokens, nonfinite = sums["scene_tokens"], sums["scene_nonfinite"]
+        scenes = replace(scenes, packed=sums["scenes"], tokens=tokens, nonfinite=nonfinite)
     return replace(
         stats, gram=sums["gram"], tokens=sums["tokens"], nonfinite=sums["nonfinite"], held=held, scenes=scenes
     )
