@@ -178,6 +178,17 @@ def test_the_published_formula_knows_no_scenes():
     assert rel(found, bare) < 1e-12
 
 
+def test_the_report_of_a_subset_says_that_joint_prompts_take_no_part():
+    def said(tasks, scenes):
+        report = merged(calibrated(scenes=scenes, seen=SEEN[: len(scenes)]), tasks=tasks)[1]
+        notes = [note for note in report.notes if "joint prompts take no part" in note]
+        return [note.split()[0] for note in notes], any("joint_prompts" in line for line in report.advice)
+
+    assert said(TASKS, SCENES) == ([], False)
+    assert said(TASKS[:2], SCENES) == (["1"], False)
+    assert said(TASKS[1:], SCENES) == (["2"], True)
+
+
 def test_scenes_of_a_dropped_lora_go_and_the_others_stay():
     left = keep(calibrated(), [2, 1])
     assert left.scenes == (Scene("nobody"),)
