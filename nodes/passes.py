@@ -54,7 +54,7 @@ def calibrate(
         ranks: Processes that share the passes; each of them gets the whole calibration.
 
     Raises:
-        CalibrationError: A pass failed, or a LoRA has neither prompt nor CONDITIONING.
+        CalibrationError: A pass failed, a LoRA has neither prompt nor CONDITIONING, or scenes have no CLIP.
         IncompatibleError: A joint prompt names a LoRA that is not there.
         MemoryBudgetError: The statistics would not fit.
     """
@@ -69,6 +69,9 @@ def calibrate(
     ]
     settings = {**options.settings(), "held_out": held_out}
     if shared:
+        if scenes and clip is None:
+            first = scenes[0]
+            raise CalibrationError(f"the {first.label} {first.prompt!r} needs a CLIP.", remedy="connect CLIP.")
         counts = [count_passes(entry) for entry in loaded.entries] + [1] * len(scenes)
         shares = ranks.shares(counts, whole=options.sample is not None)
         passes = Passes(loaded, model, clip, options, progress, shares, scenes)
@@ -168,8 +171,6 @@ class Passes:
         scene, place = self.scenes[number], len(self.loaded.tasks) + number
         if not self.shares[place]:
             return
-        if self.clip is None:
-            raise CalibrationError(f"the {scene.label} {scene.prompt!r} needs a CLIP.", remedy="connect CLIP.")
         with ExitStack() as stack, _named_out_of_memory(self.names[place]):
             tap = stack.enter_context(clip_calibrator.scene(number))
             prepared = self._encode(scene.tasks, [scene.prompt], tap)

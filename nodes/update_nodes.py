@@ -126,7 +126,8 @@ class SSREditCalibration(io.ComfyNode):
         **values: Any,
     ) -> io.NodeOutput:
         """Drop, then add."""
-        socket, notes = updating.drop(calibration, drop), ["No pass was run."]
+        socket, lost = updating.drop(calibration, drop)
+        notes = ["No pass was run."]
         new = flatten(loras)
         if new:
             if model is None:
@@ -134,5 +135,5 @@ class SSREditCalibration(io.ComfyNode):
             options = recording.recording_options(values)
             progress = host.Progress(model)
             socket, notes = updating.join(socket, new, model, clip, options, latent, sigmas, progress)
-        text = pipeline.calibration_report(socket) + "".join(f"\n{note}\n" for note in notes)
+        text = pipeline.calibration_report(socket) + "".join(f"\n{note}\n" for note in (*lost, *notes))
         return io.NodeOutput(socket, text, ui=ui.PreviewText(text))

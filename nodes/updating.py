@@ -40,18 +40,20 @@ def parse_drop(text: str, calibration: Calibration) -> list[int]:
     return chosen
 
 
-def drop(socket: pipeline.CalibrationSocket, text: str) -> pipeline.CalibrationSocket:
-    """A calibration without some of its LoRAs."""
+def drop(socket: pipeline.CalibrationSocket, text: str) -> tuple[pipeline.CalibrationSocket, list[str]]:
+    """A calibration without some of its LoRAs, and what its report says."""
     calibration = socket.calibration
     gone = parse_drop(text, calibration)
     if not gone:
-        return socket
+        return socket, []
     left = without(calibration, gone)
     entries = _entries_of(left, [socket])
     fingerprints = {record.fingerprint for record in left.tasks}
     converted = tuple(adapter for adapter in socket.converted if adapter.fingerprint in fingerprints)
     made = pipeline.socket_of(left)
-    return pipeline.CalibrationSocket(left, entries, made.tensors, converted)
+    lost = len(calibration.scenes) - len(left.scenes)
+    notes = [f"{lost} joint prompts are gone with their LoRAs."] if lost else []
+    return pipeline.CalibrationSocket(left, entries, made.tensors, converted), notes
 
 
 def join(

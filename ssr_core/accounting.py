@@ -55,7 +55,7 @@ def layer_report(
     )
     if stats is None:
         return report
-    report = replace(report, tokens=tuple(stats.tokens.tolist()), nonfinite=int(stats.nonfinite.sum()))
+    report = replace(report, tokens=tuple(stats.tokens.tolist()), nonfinite=stats.lost)
     view = factors.view
     if not seen or view is None or view.grams is None or view.ups.shape[1] == 0:
         return report

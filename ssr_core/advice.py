@@ -14,6 +14,7 @@ from .finite import nonfinite_warnings
 from .gram import GramStats
 from .layer_report import LayerReport
 from .router import pooled
+from .scenes import scenes_of
 from .stacks import LayerStack, Task
 
 SAME_SIGNAL = 1e-3
@@ -171,4 +172,7 @@ def notes_for(tasks: Sequence[Task], calibration: Calibration | None) -> list[st
     dropped = [r.name for i, r in enumerate(calibration.tasks) if i not in matched]
     if dropped:
         notes.append(f"Calibrated but not merged: {', '.join(dropped)}.")
+    lost = len(calibration.scenes) - len(scenes_of(calibration.scenes, matched)[0])
+    if lost:
+        notes.append(f"{lost} joint prompts take no part, as some of their LoRAs are not merged.")
     return notes

@@ -101,7 +101,7 @@ class Calibration:
                 layer=str(stack.target),
                 remedy="calibrate again.",
             )
-        widths = {sample.rows.shape[1] for sample in picked.samples or ()} - {stack.in_features}
+        widths = {sample.rows.shape[1] for sample in picked.all_samples} - {stack.in_features}
         if widths:
             raise IncompatibleError(
                 f"its sampled inputs are {min(widths)} wide, the LoRAs read {stack.in_features}.",

@@ -15,6 +15,7 @@ from .adapters import RESTS, ConvertOptions
 from .atomic import atomic_path
 from .calibration import Calibration
 from .calibration_tensors import (
+    read_counts,
     read_sample,
     read_scenes,
     read_triangles,
@@ -188,9 +189,7 @@ def _stack(
             raise ValueError(f"held-out token counts of {target}")
     if size not in places:  # most layers are of one rank
         places[size] = places_of(size)
-    nonfinite = tensors[f"{index}.nonfinite"].long()
-    if bool((nonfinite < 0).any()):
-        raise ValueError(f"token counts of {target}")
+    nonfinite = read_counts(f"{index}.nonfinite", tensors, len(ranks))
     samples = None if stack.get("samples") is None else _samples(int(stack["samples"]), members, tensors)
     return target, members, GramStats(unpack(packed, places[size]), tokens, nonfinite, ranks, samples, held)
 

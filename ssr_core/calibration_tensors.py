@@ -31,6 +31,19 @@ def read_triangles(prefix: str, tensors: Mapping[str, Tensor], count: int, size:
     return packed, tokens
 
 
+def read_counts(name: str, tensors: Mapping[str, Tensor], count: int) -> Tensor:
+    """(K,) int64 numbers of tokens that were left out.
+
+    Raises:
+        KeyError: They are missing.
+        ValueError: They are damaged.
+    """
+    found = tensors[name].long()
+    if found.shape != (count,) or bool((found < 0).any()):
+        raise ValueError(f"token counts {name}")
+    return found
+
+
 def sample_tensors(prefix: str, sample: InputSample) -> dict[str, Tensor]:
     """What is written of one sample."""
     found = {f"{prefix}.rows": sample.rows, f"{prefix}.weights": sample.weights}
@@ -55,7 +68,8 @@ def read_sample(prefix: str, tensors: Mapping[str, Tensor]) -> InputSample:
 
 def scene_tensors(index: int, module: int, scenes: SceneStats) -> dict[str, Tensor]:
     """What is written of the scenes of stack `index`; stacks of one module share the samples."""
-    found = {f"{index}.scene_gram": scenes.packed, f"{index}.scene_tokens": scenes.tokens}
+    prefix = f"{index}.scene_"
+    found = {f"{prefix}gram": scenes.packed, f"{prefix}tokens": scenes.tokens, f"{prefix}nonfinite": scenes.nonfinite}
     for number, sample in enumerate(scenes.samples or ()):
         found |= sample_tensors(f"{module}.scene.{number}", sample)
     return found
@@ -86,7 +100,8 @@ def scene_stats(
     packed = tensors[f"{index}.scene_gram"]
     size = int((8 * packed.shape[-1] + 1) ** 0.5 - 1) // 2
     packed, tokens = read_triangles(f"{index}.scene_", tensors, len(scenes), size)
+    nonfinite = read_counts(f"{index}.scene_nonfinite", tensors, len(scenes))
     active = torch.tensor([[task in scene.tasks for task in members] for scene in scenes])
     sampled = module is not None and f"{module}.scene.0.rows" in tensors
     samples = [read_sample(f"{module}.scene.{number}", tensors) for number in range(len(scenes))] if sampled else None
-    return SceneStats(packed, tokens, active, None if samples is None else tuple(samples))
+    return SceneStats(packed, tokens, nonfinite, active, None if samples is None else tuple(samples))

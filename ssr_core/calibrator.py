@@ -105,7 +105,7 @@ class Calibrator:
         return GramStats(
             _stacked([None if one is None else one.gram for one in found], size, size),
             _counts([None if one is None else one.tokens for one in found]),
-            torch.tensor([0 if one is None else int(one.nonfinite) for one in found], dtype=torch.int64),
+            _lost(found),
             ranks,
             self._sampled(stack, stack.tasks),
             held,
@@ -119,6 +119,7 @@ class Calibrator:
         return SceneStats(
             _stacked(grams, packed_size(stack.basis.shape[0])),
             _counts([None if one is None else one.tokens for one in found]),
+            _lost(found),
             torch.tensor([[task in scene.tasks for task in stack.tasks] for scene in self.scenes]),
             self._sampled(stack, places),
         )
@@ -157,6 +158,11 @@ def _stacked(grams: Sequence[Tensor | None], *shape: int) -> Tensor:
 
 def _counts(tokens: Sequence[Tensor | None]) -> Tensor:
     return torch.tensor([0.0 if one is None else float(one) for one in tokens], dtype=torch.float64)
+
+
+def _lost(found: Sequence[GramAccumulator | None]) -> Tensor:
+    """Tokens that were not finite."""
+    return torch.tensor([0 if one is None else int(one.nonfinite) for one in found], dtype=torch.int64)
 
 
 def assemble(

@@ -20,7 +20,7 @@ from .gram import GramStats
 from .heldout import HeldOut
 from .records import TaskRecord
 from .sampling import InputSample, joined
-from .scenes import Scene, SceneStats
+from .scenes import counted, summed_scenes
 from .targets import Target
 from .updates import keep
 
@@ -90,11 +90,12 @@ def combine(calibrations: Sequence[Calibration], weights: Sequence[float] | None
         _check_alike(first, one, number)
     runs = sorted((run for one, weight in parts for run in _runs(one, weight)), key=json_text)
     _check_once(runs)
-    scenes = tuple(sorted({scene for one, _ in parts for scene in one.scenes}, key=lambda s: (s.prompt, s.tasks)))
+    known = [counted(one.scenes) for one, _ in parts]
+    scenes = sorted({scene for mine in known for scene in mine}, key=lambda one: (one[0].prompt, one[0].tasks, one[1]))
     stats: dict[Target, GramStats] = {}
     for target in first.stats:
         found = [scaled(one.stats[target], weight) for one, weight in parts]
-        summed = _scenes([one.scenes for one, _ in parts], [one.scenes for one in found], scenes)
+        summed = summed_scenes(known, [one.scenes for one in found], scenes)
         stats[target] = replace(_sum(found, target), scenes=summed)
     tasks = tuple(
         replace(
@@ -105,7 +106,7 @@ def combine(calibrations: Sequence[Calibration], weights: Sequence[float] | None
         for index, record in enumerate(first.tasks)
     )
     settings = {**_common([one.settings for one, _ in parts]), RUNS: runs}
-    return replace(first, tasks=tasks, stats=stats, settings=settings, scenes=scenes)
+    return replace(first, tasks=tasks, stats=stats, settings=settings, scenes=tuple(scene for scene, _ in scenes))
 
 
 def _common_order(calibrations: Sequence[Calibration]) -> list[str] | None:
@@ -184,38 +185,6 @@ def _samples(parts: Sequence[GramStats]) -> tuple[InputSample, ...] | None:
     if not kept or len(kept) < len(seen):
         return None
     return tuple(joined([(one, 1.0) for one in mine]) for mine in zip(*kept, strict=True))
-
-
-def _scenes(
-    known: Sequence[Sequence[Scene]], parts: Sequence[SceneStats | None], scenes: Sequence[Scene]
-) -> SceneStats | None:
-    """All runs' scenes, those of equal prompt and LoRAs added up.
-
-    Args:
-        known: Scenes of each run.
-        parts: What each run saw of them at one stack.
-        scenes: Those of all runs, each once.
-    """
-    found = []
-    for scene in scenes:
-        places = [(mine.index(scene), part) for mine, part in zip(known, parts, strict=True) if part and scene in mine]
-        found.append([one for at, part in places if (one := part.choose([at])) is not None])
-    if not found:
-        return None
-    samples = [_joined([one.samples for one in runs if float(one.tokens) > 0]) for runs in found]
-    kept = tuple(one for one in samples if one is not None)
-    return SceneStats(
-        torch.cat([torch.stack([one.packed for one in runs]).sum(dim=0) for runs in found]),
-        torch.cat([torch.stack([one.tokens for one in runs]).sum(dim=0) for runs in found]),
-        torch.cat([runs[0].active for runs in found]),
-        kept if len(kept) == len(samples) else None,
-    )
-
-
-def _joined(runs: Sequence[tuple[InputSample, ...] | None]) -> InputSample | None:
-    """One scene's samples of all runs; None where a run that saw the layer kept none."""
-    kept = [one[0] for one in runs if one is not None]
-    return joined([(one, 1.0) for one in kept]) if kept and len(kept) == len(runs) else None
 
 
 def _union(prompts: Sequence[tuple[str, ...]]) -> tuple[str, ...]:

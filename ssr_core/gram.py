@@ -58,6 +58,11 @@ class GramStats:
         return bool((self.tokens > 0).all())
 
     @property
+    def lost(self) -> int:
+        """Tokens of all passes that were left out because they were not finite."""
+        return int(self.nonfinite.sum()) + (0 if self.scenes is None else int(self.scenes.nonfinite.sum()))
+
+    @property
     def all_samples(self) -> tuple[InputSample, ...]:
         """Those of the blocks and those of the scenes."""
         scenes = () if self.scenes is None else self.scenes.samples or ()

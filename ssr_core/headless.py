@@ -57,12 +57,18 @@ def calibrate(
     for index in range(len(tasks)):
         with calibrator.task(index) as tap, tap.attached(root):
             run_pass(index, tap)
-    for number in range(len(scenes)):
+    _run_scenes(calibrator, root, range(len(scenes)), run_scene)
+    return assemble(tasks, [calibrator], settings=None if sample is None else {"sample": asdict(sample)})
+
+
+def _run_scenes(
+    calibrator: Calibrator, root: nn.Module, numbers: Sequence[int], run_scene: Callable[[int, Tap], None] | None
+) -> None:
+    for number in numbers:
         if run_scene is None:
             raise CalibrationError("there are scenes, and nothing that runs them.", remedy="give run_scene as well.")
         with calibrator.scene(number) as tap, tap.attached(root):
             run_scene(number, tap)
-    return assemble(tasks, [calibrator], settings=None if sample is None else {"sample": asdict(sample)})
 
 
 def calibrate_sharded(
@@ -75,6 +81,8 @@ def calibrate_sharded(
     padding: PaddingMode = "balance",
     sample: SampleOptions | None = None,
     held_out: int = HELD_OUT,
+    scenes: Sequence[Scene] = (),
+    run_scene: Callable[[int, Tap], None] | None = None,
 ) -> Calibration:
     """As `calibrate`, with the passes dealt out over processes; every process gets the whole calibration.
 
@@ -87,15 +95,21 @@ def calibrate_sharded(
         padding: How padded text tokens count.
         sample: As in `calibrate`; the prompts of a LoRA are then run by one process.
         held_out: As in `calibrate`; which tokens these are depends on where a LoRA's prompts are run.
+        scenes: As in `calibrate`; each is one more pass.
+        run_scene: As in `calibrate`.
 
     Raises:
         CalibrationError: A pass reached no layer, or a process was lost.
     """
-    calibrator = Calibrator(stacks, padding, sample, held_out)
-    for index, share in enumerate(ranks.shares([len(task.prompts) for task in tasks], whole=sample is not None)):
+    calibrator = Calibrator(stacks, padding, sample, held_out, scenes)
+    counts = [len(task.prompts) for task in tasks] + [1] * len(scenes)
+    shares = ranks.shares(counts, whole=sample is not None)
+    for index, share in enumerate(shares[: len(tasks)]):
         if share:
             with calibrator.task(index) as tap, tap.attached(root):
                 for prompt in share:
                     run_prompt(index, prompt, tap)
+    mine = [number for number, share in enumerate(shares[len(tasks) :]) if share]
+    _run_scenes(calibrator, root, mine, run_scene)
     settings = None if sample is None else {"sample": asdict(sample)}
     return assemble(tasks, [calibrator], settings=settings, ranks=ranks)

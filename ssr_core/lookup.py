@@ -40,9 +40,12 @@ class Statistics:
         return all(record.strength(stack.target.part) != 0 for record in records)
 
     def bytes_to_solve(self, stack: LayerStack) -> int:
-        """What solving a stack takes, with the sampled inputs of its statistics."""
+        """What solving a stack takes, with the sampled inputs and scenes of its statistics."""
         stats = None if self._calibration is None else self._calibration.stats.get(stack.origin or stack.target)
-        return bytes_to_solve(stack, 0 if stats is None else sum(len(sample.rows) for sample in stats.all_samples))
+        if stats is None:
+            return bytes_to_solve(stack)
+        scenes = 0 if stats.scenes is None else len(stats.scenes.active)
+        return bytes_to_solve(stack, sum(len(sample.rows) for sample in stats.all_samples), scenes)
 
     def of(self, stack: LayerStack) -> GramStats | None:
         """Statistics of one stack, None without a calibration."""

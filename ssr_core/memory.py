@@ -79,13 +79,13 @@ LAYERS_AT_ONCE = 64
 """Layers that a merge solves at once, at most."""
 
 
-def bytes_to_solve(stack: LayerStack, sampled: int = 0) -> int:
+def bytes_to_solve(stack: LayerStack, sampled: int = 0, scenes: int = 0) -> int:
     """Grams, factors and `sampled` whole inputs of one layer in float64, and what a refinement makes of these.
 
     Grams of all tokens, and for judging of those that are fitted and those held out.
     """
     r = sum(stack.rank_bounds)
-    solved = r * r * (3 * len(stack.blocks) + 8) + r * (stack.in_features + stack.out_features)
+    solved = r * r * (3 * (len(stack.blocks) + scenes) + 8) + r * (stack.in_features + stack.out_features)
     return 8 * (solved + sampled * (stack.in_features + 3 * sampled + 6 * r))
 
 

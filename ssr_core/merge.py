@@ -134,7 +134,8 @@ def merge(
     )
     settings = {} if calibration is None else calibration.settings
     routed = routes(method)
-    report = replace(report, advice=(*suggestions(report, settings, method), *together(report, calibration, routed)))
+    more = together(report, tasks, calibration, routed)
+    report = replace(report, advice=(*suggestions(report, settings, method), *more))
     return MergeResult(*_one_change_each(layers, _sum_vectors(tasks, out_dtype)), report)
 
 

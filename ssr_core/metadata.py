@@ -60,7 +60,7 @@ def merge_metadata(
         if calibration is None
         else {
             "model": calibration.model,
-            "settings": _settings(calibration, records),
+            "settings": _settings(calibration, tasks, records),
             "strengths": [[r.strength_model, r.strength_clip] for r in calibration.tasks],
         },
         **(extra or {}),
@@ -74,11 +74,13 @@ def merge_metadata(
     }
 
 
-def _settings(calibration: Calibration, records: Sequence[int]) -> dict[str, object]:
+def _settings(calibration: Calibration, tasks: Sequence[Task], records: Sequence[int]) -> dict[str, object]:
     """How the passes ran; joint prompts as they apply to the LoRAs of this merge, by their numbers in it."""
-    if not calibration.scenes:
+    if not calibration.scenes and "joint_prompts" not in calibration.settings:
         return dict(calibration.settings)
-    joint, neutral = scene_lines(scenes_of(calibration.scenes, [record for record in records if record >= 0])[1])
+    active = [(record, task.name) for record, task in zip(records, tasks, strict=True) if record >= 0]
+    scenes = scenes_of(calibration.scenes, [record for record, _ in active])[1]
+    joint, neutral = scene_lines(scenes, [name for _, name in active])
     return {**calibration.settings, "joint_prompts": joint, "neutral_prompts": neutral}
 
 

@@ -24,7 +24,7 @@ from .sampling import InputSample
 from .targets import Target
 
 Sampled = tuple[str, int]
-"""Module path and task of a sample."""
+"""Module path and task of a sample; scenes have negative numbers."""
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -47,12 +47,12 @@ class Ranks:
         """Which passes this process runs.
 
         Args:
-            counts: Number of passes of each LoRA.
+            counts: Number of passes of each LoRA, then of each scene (`scenes`).
             whole: Run all passes of a LoRA in one process, the longest LoRAs dealt out first: its samples
                 are then those of one process alone. Else passes are dealt out in turn over all LoRAs.
 
         Returns:
-            For each LoRA the numbers of its passes.
+            For each LoRA and scene the numbers of its passes.
         """
         if whole:
             loads, owner = [0] * self.size, {}
@@ -150,12 +150,12 @@ class Ranks:
         return found
 
     def _agree(self, order: Sequence[Target], stats: Mapping[Target, GramStats]) -> None:
-        described = ";".join(f"{target}{stats[target].ranks}{list(_sums(stats[target]))}" for target in order)
+        described = ";".join(f"{target}{stats[target].ranks}{_shapes(stats[target])}" for target in order)
         every = torch.zeros(self.size, dtype=torch.float64)
         every[self.rank] = float(zlib.crc32(described.encode()))
         if len(set(self._sum(every).tolist())) > 1:
             raise CalibrationError(
-                f"process {self.rank} of {self.size} has other LoRAs or layers than the others.",
+                f"process {self.rank} of {self.size} has other LoRAs, layers or joint prompts than the others.",
                 remedy="give every process the same recipe, files and model.",
             )
 
@@ -206,8 +206,15 @@ def _sums(stats: GramStats) -> dict[str, Tensor]:
     if stats.held is not None:
         found |= {"packed": stats.held.packed, "held": stats.held.tokens}
     if stats.scenes is not None:
-        found |= {"scenes": stats.scenes.packed, "scene_tokens": stats.scenes.tokens}
+        scenes = stats.scenes
+        found |= {"scenes": scenes.packed, "scene_tokens": scenes.tokens, "scene_nonfinite": scenes.nonfinite}
     return found
+
+
+def _shapes(stats: GramStats) -> list[tuple[str, tuple[int, ...]]]:
+    """What is summed, for comparison; of scenes also which LoRAs act."""
+    found = [(name, tuple(value.shape)) for name, value in _sums(stats).items()]
+    return found if stats.scenes is None else [*found, (str(stats.scenes.active.tolist()), ())]
 
 
 def _with_sums(stats: GramStats, sums: Mapping[str, Tensor]) -> GramStats:
@@ -215,7 +222,8 @@ def _with_sums(stats: GramStats, sums: Mapping[str, Tensor]) -> GramStats:
     held = None if stats.held is None else HeldOut(sums["packed"], sums["held"])
     scenes = stats.scenes
     if scenes is not None:
-        scenes = replace(scenes, packed=sums["scenes"], tokens=sums["scene_tokens"])
+        tokens, nonfinite = sums["scene_tokens"], sums["scene_nonfinite"]
+        scenes = replace(scenes, packed=sums["scenes"], tokens=tokens, nonfinite=nonfinite)
     return replace(
         stats, gram=sums["gram"], tokens=sums["tokens"], nonfinite=sums["nonfinite"], held=held, scenes=scenes
     )

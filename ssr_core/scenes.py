@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import CalibrationError, IncompatibleError
-from .sampling import InputSample
+from .sampling import InputSample, joined
 from .triangles import pack, packed_size, unpack
 
 
@@ -48,18 +48,21 @@ class SceneStats:
     Attributes:
         packed: (J, R (R + 1) / 2), float32 or float64: second moments of each scene, as upper triangles.
         tokens: (J,) float64, their weighted number; 0 where a scene did not reach the layer.
+        nonfinite: (J,) int64, tokens left out because a coordinate was NaN or infinite.
         active: (J, K) bool, which blocks of the stack act.
         samples: Whole inputs of the layer for each scene; None where any is lacking.
     """
 
     packed: Tensor
     tokens: Tensor
+    nonfinite: Tensor
     active: Tensor
     samples: tuple[InputSample, ...] | None = None
 
     def __post_init__(self) -> None:
         count = len(self.active)
-        fits = self.active.ndim == 2 and self.tokens.shape == (count,) and len(self.packed) == count
+        fits = self.active.ndim == 2 and len(self.packed) == count
+        fits &= self.tokens.shape == (count,) and self.nonfinite.shape == (count,)
         if not fits or (self.samples is not None and len(self.samples) != count):
             raise CalibrationError(f"statistics of shape {tuple(self.packed.shape)} do not belong to {count} scenes.")
 
@@ -74,7 +77,9 @@ class SceneStats:
             return None
         picked = torch.tensor(list(scenes), dtype=torch.long)
         samples = None if self.samples is None else tuple(self.samples[scene] for scene in scenes)
-        return SceneStats(self.packed[picked], self.tokens[picked], self.active[picked], samples)
+        return SceneStats(
+            self.packed[picked], self.tokens[picked], self.nonfinite[picked], self.active[picked], samples
+        )
 
     def pick(self, blocks: Tensor, rows: Tensor) -> SceneStats:
         """The same of some blocks and their coordinates."""
@@ -108,6 +113,46 @@ def scenes_of(scenes: Sequence[Scene], tasks: Sequence[int]) -> tuple[list[int],
     return kept, tuple(moved)
 
 
+def counted(scenes: Sequence[Scene]) -> list[tuple[Scene, int]]:
+    """Each scene with the number of its equals before it: a line written twice is two passes."""
+    return [(scene, list(scenes[:place]).count(scene)) for place, scene in enumerate(scenes)]
+
+
+def summed_scenes(
+    known: Sequence[Sequence[tuple[Scene, int]]],
+    parts: Sequence[SceneStats | None],
+    scenes: Sequence[tuple[Scene, int]],
+) -> SceneStats | None:
+    """All runs' scenes, those of equal prompt and LoRAs added up.
+
+    Args:
+        known: Scenes of each run, `counted`.
+        parts: What each run saw of them at one stack.
+        scenes: Those of all runs, each once.
+    """
+    found = []
+    for scene in scenes:
+        places = [(mine.index(scene), part) for mine, part in zip(known, parts, strict=True) if part and scene in mine]
+        found.append([one for at, part in places if (one := part.choose([at])) is not None])
+    if not found:
+        return None
+    samples = [_joined([one.samples for one in runs if float(one.tokens) > 0]) for runs in found]
+    kept = tuple(one for one in samples if one is not None)
+    return SceneStats(
+        torch.cat([torch.stack([one.packed for one in runs]).sum(dim=0) for runs in found]),
+        torch.cat([torch.stack([one.tokens for one in runs]).sum(dim=0) for runs in found]),
+        torch.cat([torch.stack([one.nonfinite for one in runs]).sum(dim=0) for runs in found]),
+        torch.cat([runs[0].active for runs in found]),
+        kept if len(kept) == len(samples) else None,
+    )
+
+
+def _joined(runs: Sequence[tuple[InputSample, ...] | None]) -> InputSample | None:
+    """One scene's samples of all runs; None where a run that saw the layer kept none."""
+    kept = [one[0] for one in runs if one is not None]
+    return joined([(one, 1.0) for one in kept]) if kept and len(kept) == len(runs) else None
+
+
 _CHOSEN = re.compile(r"\s*\[([^\]]*)\](.*)", re.DOTALL)
 
 
@@ -121,7 +166,7 @@ def parse_scenes(joint: Sequence[str], neutral: Sequence[str], names: Sequence[s
         names: Of the LoRAs.
 
     Raises:
-        IncompatibleError: No such LoRA, a name that several have, or fewer than two LoRAs.
+        IncompatibleError: No such LoRA, a name that several have, fewer than two LoRAs, or no text.
     """
     found = []
     for line in filter(None, map(str.strip, joint)):
@@ -132,21 +177,44 @@ def parse_scenes(joint: Sequence[str], neutral: Sequence[str], names: Sequence[s
                 f"the joint prompt {line!r} is of one LoRA alone.",
                 remedy="a prompt of one LoRA belongs to its SSR LoRA; name two or more: [alice, bob] two women.",
             )
-        found.append(Scene(line if match is None else match[2].strip(), tuple(sorted(tasks))))
+        prompt = line if match is None else match[2].strip()
+        if not prompt:
+            raise IncompatibleError(
+                f"the joint prompt {line!r} has no text.", remedy="write it in the same line: [alice, bob] two women."
+            )
+        found.append(Scene(prompt, tuple(sorted(tasks))))
     return (*found, *(Scene(line) for line in map(str.strip, neutral) if line))
 
 
-def scene_lines(scenes: Sequence[Scene]) -> tuple[list[str], list[str]]:
-    """Lines that `parse_scenes` reads as these scenes: joint ones by number, and neutral ones."""
-    joint = [f"[{', '.join(str(task + 1) for task in one.tasks)}] {one.prompt}" for one in scenes if one.tasks]
+def scene_lines(scenes: Sequence[Scene], names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Lines that `parse_scenes` reads as these scenes: joint ones by number, and neutral ones.
+
+    Args:
+        scenes: Some scenes.
+        names: Of the LoRAs, as for `parse_scenes`.
+    """
+    called = {spelling for name in names for spelling in _spellings(name)}
+
+    def number(task: int) -> str:
+        found = str(task + 1)
+        while found in called:  # a LoRA's name goes before a number
+            found = f"0{found}"
+        return found
+
+    joint = [f"[{', '.join(map(number, one.tasks))}] {one.prompt}" for one in scenes if one.tasks]
     return joint, [one.prompt for one in scenes if not one.tasks]
+
+
+def _spellings(name: str) -> tuple[str, str, str]:
+    """How people may write a LoRA's name."""
+    return name, PurePath(name).name, PurePath(name).stem
 
 
 def _chosen(wanted: str, names: Sequence[str]) -> int:
     """Index of the LoRA that a joint prompt names."""
     wanted = wanted.strip()
-    found = [i for i, name in enumerate(names) if wanted in (name, PurePath(name).name, PurePath(name).stem)]
-    if wanted.isdigit() and not found:
+    found = [i for i, name in enumerate(names) if wanted in _spellings(name)]
+    if wanted.isdecimal() and not found:
         found = [int(wanted) - 1] if 0 < int(wanted) <= len(names) else []
     if len(found) != 1:
         listed = ", ".join(f"{i} {name}" for i, name in enumerate(names, 1))

@@ -22,7 +22,7 @@ from .base import CanonicalProblem, MergedFactors, RouterView, absorb, canonical
 LEFT_OUT = "error on sampled tokens left out of the fit"
 UNCORRECTED = "the same without the correction from sampled tokens"
 JOINT = "error on joint prompts"
-NEUTRAL = "effect left on neutral prompts"
+NEUTRAL = "effect left on prompts under which no LoRA of the layer acts"
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,10 @@ def _scenes_measured(problem: CanonicalProblem, seen: SceneStats, router: Tensor
 
 
 def _measures(router: Tensor, grams: Tensor, chosen: Tensor, up_gram: Tensor) -> dict[str, float]:
-    """Errors on joint and on neutral prompts, relative to the plain sum."""
+    """Errors on joint and on neutral prompts, relative to the plain sum.
+
+    A joint prompt of LoRAs that a layer does not have is a neutral one there.
+    """
     errors, energy = scene_errors(router, grams, chosen, up_gram)
     neutral = chosen.sum(dim=1) == 0
     found = {}

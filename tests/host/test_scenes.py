@@ -101,7 +101,8 @@ def merge_node(graph, tasks, **options):
     model = graph.checkpoint(KIND)
     values = {"model": model, "clip": graph.add("TinyCLIP", kind=KIND, seed=0), "latent": graph.latent(KIND)}
     values |= {"ridge": RIDGE, "anchor": "sum", "padding": "include", "sampled_tokens": 0}
-    return graph.join("SSRMerge", loras, sigmas=graph.first_sigmas(model, 2), **values | options)
+    values = {name: value for name, value in (values | options).items() if value is not None}
+    return graph.join("SSRMerge", loras, sigmas=graph.first_sigmas(model, 2), **values)
 
 
 def test_merges_with_scenes_equal_the_dense_reference(server, base, tasks):
@@ -133,10 +134,17 @@ def test_a_joint_prompt_of_an_unknown_lora_stops_before_any_pass(server, tasks):
     assert "scenes_1" in error
 
 
+def test_a_joint_prompt_without_clip_stops_before_any_pass(server, tasks):
+    """The first LoRA's own pass would have stopped at its own prompt."""
+    graph = MergeGraph(server)
+    graph.dump(merge_node(graph, tasks, joint_prompts="a fox and an owl", clip=None), "scenes_no_clip")
+    assert "the joint prompt 'a fox and an owl' needs a CLIP" in server.run(graph.prompt).error
+
+
 def test_the_report_says_what_became_of_scenes(server, base, tasks):
     graph = MergeGraph(server)
     merged = merge_node(graph, tasks, joint_prompts=JOINT, neutral_prompts=NEUTRAL, sampled_tokens=64)
     report = graph.add("PreviewAny", source=merged.out(4))
     text = server.run(graph.prompt).ok().text(report)
     assert "error on joint prompts" in text
-    assert "effect left on neutral prompts" in text
+    assert "effect left on prompts under which no LoRA of the layer acts" in text

@@ -1,6 +1,6 @@
 """One process of a calibration that several share; started by test_ranks.py, and nothing else.
 
-python rank_worker.py <folder for the answer> [lost] [stopped] [told] [sample]
+python rank_worker.py <folder for the answer> [lost] [stopped] [told] [sample] [scenes]
 """
 
 import os
@@ -21,6 +21,7 @@ from demo.model import StubTransformer  # noqa: E402
 from ssr_core import (  # noqa: E402
     LoRALayer,
     SampleOptions,
+    Scene,
     SSRMerge,
     SSRMergeError,
     Target,
@@ -35,6 +36,7 @@ from ssr_core.ranks import PATIENCE  # noqa: E402
 HUNG = timedelta(seconds=20)
 """How long the others wait for a process that hangs; starting all of them has to take less."""
 
+SCENES = (Scene("a fox beside a cat", (0, 1)), Scene("an empty table"))
 PROMPTS = (("a red fox", "a fox in snow", "fox"), ("a glass cat",), ("two teapots", "a teapot on a table"))
 
 
@@ -53,14 +55,18 @@ def world():
     return model, [task(f"t{i}", one, prompts=PROMPTS[i]) for i, one in enumerate(layers)]
 
 
-def calibration_of(ranks, before=lambda: None, sample=None):
+def calibration_of(ranks, before=lambda: None, sample=None, scenes=()):
     model, tasks = world()
 
     def run(index, prompt, tap):
         before()
         model(noise(7).double(), SIGMA, [tasks[index].prompts[prompt]])
 
-    return tasks, calibrate_sharded(model, tasks, build_stacks(tasks), run, ranks, sample=sample)
+    def run_scene(number, tap):
+        model(noise(7).double(), SIGMA, [scenes[number].prompt])
+
+    more = {"sample": sample, "scenes": scenes, "run_scene": run_scene}
+    return tasks, calibrate_sharded(model, tasks, build_stacks(tasks), run, ranks, **more)
 
 
 def main():
@@ -79,7 +85,8 @@ def main():
                 words = "" if "nothing" in sys.argv else f"process {ranks.rank} says: größer"
                 (folder / str(ranks.rank)).write_text(ranks.told(words), encoding="utf-8")
                 return
-            tasks, calibration = calibration_of(ranks, leave, SampleOptions(8) if "sample" in sys.argv else None)
+            sample, scenes = SampleOptions(8) if "sample" in sys.argv else None, SCENES if "scenes" in sys.argv else ()
+            tasks, calibration = calibration_of(ranks, leave, sample, scenes)
             result = merge(tasks, SSRMerge(), calibration)
             assert result.layers
             save_calibration(calibration, folder / f"rank{ranks.rank}.safetensors")

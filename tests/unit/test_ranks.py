@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import rel
-from rank_worker import PROMPTS, calibration_of
+from rank_worker import PROMPTS, SCENES, calibration_of
 
 from ssr_core import CalibrationError, GramStats, Ranks, SampleOptions, SSRMerge, Target, load_calibration, merge
 from ssr_core.ranks import PATIENCE
+from ssr_core.scenes import SceneStats
 
 WORKER = Path(__file__).with_name("rank_worker.py")
 
@@ -35,30 +36,49 @@ def start(size, folder, *more):
     ]
 
 
-@pytest.mark.parametrize(("size", "more"), [(2, ()), (4, ()), (2, ("sample",)), (4, ("sample",))])
+def assert_same_scenes(found, expected, sampled):
+    """Each scene ran in one process: no sum is rounded but by the exchange."""
+    if expected is None:
+        assert found is None
+        return
+    assert rel(found.packed, expected.packed) < 1e-10
+    assert bool((expected.tokens > 0).all())
+    assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.active, expected.active)
+    assert (found.samples is None) == (expected.samples is None) == (not sampled)
+
+
+@pytest.mark.parametrize(
+    ("size", "more"),
+    [(2, ()), (4, ()), (2, ("sample",)), (4, ("sample",)), (2, ("scenes",)), (2, ("sample", "scenes"))],
+)
 def test_many_processes_equal_one(size, more, tmp_path):
     running = start(size, tmp_path, *more)
     messages = [process.communicate(timeout=240)[1] for process in running]
     assert [process.returncode for process in running] == [0] * size, messages
-    tasks, expected = calibration_of(Ranks(), sample=SampleOptions(8) if more else None)
+    sampled = "sample" in more
+    scenes = SCENES if "scenes" in more else ()
+    tasks, expected = calibration_of(Ranks(), sample=SampleOptions(8) if sampled else None, scenes=scenes)
     merged = merge(tasks, SSRMerge(), expected)
     for rank in range(size):
         found = load_calibration(tmp_path / f"rank{rank}.safetensors")
         assert found.stats.keys() == expected.stats.keys() and found.settings == expected.settings
+        assert found.scenes == expected.scenes == scenes
         for target, stats in expected.stats.items():
             assert found.stats[target].gram.dtype == torch.float64
             assert rel(found.stats[target].gram, stats.gram) < 1e-10
             assert torch.equal(found.stats[target].tokens, stats.tokens)
             assert torch.equal(found.stats[target].nonfinite, stats.nonfinite)
             held, own = found.stats[target].held, stats.held
-            if more:  # all prompts of a LoRA in one process: the same tokens are held out
+            if sampled:  # all prompts of a LoRA in one process: the same tokens are held out
                 assert (held.packed - own.packed).norm() <= 1e-10 * own.packed.norm()
                 assert torch.equal(held.tokens, own.tokens)
             # and else as many of them, in other places
             assert (held.tokens - own.tokens).abs().max() <= size * max(map(len, PROMPTS))
-            assert (stats.samples is None) == (found.stats[target].samples is None) == (more == ())
-            for one, other in zip(stats.samples or (), found.stats[target].samples or (), strict=True):
-                assert all(torch.equal(getattr(one, n), getattr(other, n)) for n in ("rows", "weights", "held"))
+            assert (stats.samples is None) == (found.stats[target].samples is None) == (not sampled)
+            for one, other in zip(stats.all_samples, found.stats[target].all_samples, strict=True):
+                assert torch.equal(one.rows, other.rows) and torch.equal(one.weights, other.weights)
+                assert other.held is None if one.held is None else torch.equal(one.held, other.held)
+            assert_same_scenes(found.stats[target].scenes, stats.scenes, sampled)
         again = merge(tasks, SSRMerge(), found)
         for target, layer in merged.layers.items():
             assert rel(again.layers[target].delta(), layer.delta()) < 1e-10
@@ -109,6 +129,26 @@ def test_every_pass_has_one_process_and_the_loads_are_even(size, whole):
     assert max(loads) - min(loads) <= (max(counts) if whole else 1)
     if whole:
         assert all(len(shares[i]) in (0, count) for shares in dealt for i, count in enumerate(counts))
+
+
+def test_other_joint_prompts_than_the_others_are_noticed(monkeypatch):
+    """Their LoRAs and layers are alike; the sums would not fit, or fit wrongly."""
+    described = []
+
+    def all_reduce(total):
+        described.append(total[0].item())
+        total[1] = 1.0
+
+    monkeypatch.setattr("torch.distributed.all_reduce", all_reduce)
+    gram, nothing = torch.ones(2, 2, 2), torch.zeros(2, dtype=torch.int64)
+    for active in ([[True, True]], [[False, False]], [[True, True], [False, False]]):
+        count = len(active)
+        counts = torch.ones(count), torch.zeros(count, dtype=torch.int64)
+        seen = SceneStats(torch.ones(count, 3), *counts, torch.tensor(active))
+        stats = {Target("a"): GramStats(gram, torch.ones(2), nothing, (1, 1), scenes=seen)}
+        with pytest.raises(CalibrationError, match="process 0 of 2 has other LoRAs"):
+            Ranks(0, 2).combined(stats)
+    assert len(set(described)) == 3
 
 
 def test_other_layers_than_the_others_are_refused(monkeypatch):

@@ -1,31 +1,23 @@
 """Joint and neutral prompts: their passes, what they add to router and correction, and where they stay."""
 
-import json
-
 import pytest
 import torch
 from helpers import (
     F64,
     LAYER,
-    conflicting_tasks,
     factors_of,
     linear64,
     lora,
     randn,
     rel,
-    svd_coordinates,
     task,
-    task_tokens,
 )
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from scene_world import IN, OUT, RANK, SCENES, SEEN, TASKS, TOKENS, calibrated, least_squares, merged
 from torch import nn
 
 from ssr_core import (
     CalibrationError,
     CompressOptions,
-    FileError,
-    IncompatibleError,
     PaperMerge,
     SampleOptions,
     Scene,
@@ -33,60 +25,12 @@ from ssr_core import (
     Target,
     build_stacks,
     calibrate,
-    combine,
     compress,
     keep,
-    load_calibration,
     merge,
-    merge_metadata,
-    parse_scenes,
-    save_calibration,
 )
-from ssr_core.calibration_io import FORMAT
+from ssr_core.lookup import Statistics
 from ssr_core.methods.ssr import JOINT, NEUTRAL
-
-IN, OUT, RANK, K = 14, 9, 2, 3
-TASKS = conflicting_tasks(K, OUT, IN, RANK)
-SCENES = (Scene("both", (0, 1)), Scene("everyone", (0, 1, 2)), Scene("nobody"))
-TOKENS = [task_tokens(k, 30 + k, IN) for k in range(K)]
-SEEN = [task_tokens(50 + j, 20 + 3 * j, IN) for j in range(len(SCENES))]
-
-
-def calibrated(tokens=TOKENS, seen=SEEN, scenes=SCENES, tasks=TASKS, **more):
-    module = linear64(IN, OUT)
-    return calibrate(
-        nn.ModuleDict({"layer": module}),
-        tasks,
-        build_stacks(tasks),
-        lambda index, tap: module(tokens[index]),
-        scenes=scenes,
-        run_scene=lambda number, tap: module(seen[number]),
-        **more,
-    )
-
-
-def merged(calibration, method=None, tasks=TASKS):
-    result = merge(tasks, method or SSRMerge(refine=False), calibration, dtype=F64)
-    return result.layers[LAYER].delta(F64), result.report
-
-
-def least_squares(tokens, seen, scenes, ridge=0.01, tasks=TASKS):
-    """The router by lstsq: every pass weighs 1, `ridge` of the mean signal pulls toward the plain sum."""
-    coordinates = [svd_coordinates(*pair) for pair in factors_of(tasks)]
-    basis, ups = torch.cat([v for v, _ in coordinates]), torch.cat([b for _, b in coordinates], dim=1)
-    owner = torch.cat([torch.full((len(v),), k) for k, (v, _) in enumerate(coordinates)])
-    passes = [(x, (k,)) for k, x in enumerate(tokens)]
-    passes += [(x, scene.tasks) for x, scene in zip(seen, scenes, strict=True)]
-    left, right = [], []
-    for x, acting in passes:
-        z = x @ basis.T / len(x) ** 0.5
-        left.append(z)
-        right.append(z * torch.isin(owner, torch.tensor(acting, dtype=torch.int64)))
-    mu = ridge * sum(z.square().sum() for z in left) / len(basis)
-    left.append(mu.sqrt() * torch.eye(len(basis), dtype=F64))
-    right.append(left[-1])
-    router = torch.linalg.lstsq(torch.cat(left), torch.cat(right)).solution.T
-    return ups @ router @ basis
 
 
 def test_router_is_the_least_squares_answer_over_all_passes():
@@ -188,85 +132,6 @@ def test_scenes_of_a_dropped_lora_go_and_the_others_stay():
     assert rel(merged(swapped)[0], merged(calibrated())[0]) < 1e-10
 
 
-@pytest.mark.parametrize("sample", [None, SampleOptions(8)])
-def test_files_keep_scenes(tmp_path, sample):
-    calibration = calibrated(sample=sample)
-    save_calibration(calibration, tmp_path / "c.safetensors")
-    again = load_calibration(tmp_path / "c.safetensors")
-    assert again.scenes == SCENES
-    assert torch.equal(merged(again, SSRMerge())[0], merged(calibration, SSRMerge())[0])
-
-
-def test_damaged_scenes_are_refused(tmp_path):
-    save_calibration(calibrated(), tmp_path / "c.safetensors")
-    tensors = load_file(tmp_path / "c.safetensors")
-    with safe_open(tmp_path / "c.safetensors", "pt") as file:
-        metadata = file.metadata()
-    for name, value in (
-        ("0.scene_gram", torch.full_like(tensors["0.scene_gram"], float("nan"))),
-        ("0.scene_gram", tensors["0.scene_gram"][:, :-1].contiguous()),
-        ("0.scene_tokens", -tensors["0.scene_tokens"]),
-        ("0.scene_tokens", None),
-    ):
-        kept = {key: one for key, one in {**tensors, name: value}.items() if one is not None}
-        save_file(kept, tmp_path / "bad.safetensors", metadata)
-        with pytest.raises(FileError, match="damaged"):
-            load_calibration(tmp_path / "bad.safetensors")
-    header = json.loads(metadata[FORMAT])
-    header["scenes"][1]["tasks"] = [0, 1, 9]
-    metadata = {FORMAT: json.dumps(header)}
-    save_file(tensors, tmp_path / "bad.safetensors", metadata)
-    with pytest.raises(FileError, match="damaged"):
-        load_calibration(tmp_path / "bad.safetensors")
-
-
-def test_runs_add_up_scene_by_scene():
-    more, seen = [task_tokens(20 + k, 25, IN) for k in range(K)], [task_tokens(90 + j, 11, IN) for j in range(2)]
-    first, second = calibrated(), calibrated(more, seen, (SCENES[2], SCENES[0]))
-    total = combine([first, second])
-    both = [torch.cat([SEEN[0], seen[1]]), SEEN[1], torch.cat([SEEN[2], seen[0]])]
-    tokens = [torch.cat(pair) for pair in zip(TOKENS, more, strict=True)]
-    assert rel(merged(total)[0], least_squares(tokens, both, SCENES)) < 1e-10
-    assert rel(merged(combine([second, first]))[0], merged(total)[0]) < 1e-12
-
-
-def test_lines_become_scenes():
-    names = ["people/alice.safetensors", "bob.safetensors", "ink.safetensors"]
-    lines = ["a picture of all", " ", "[alice, 2] alice and bob", "[people/alice.safetensors,ink] alice in ink"]
-    assert parse_scenes(lines, ["a tree", ""], names) == (
-        Scene("a picture of all", (0, 1, 2)),
-        Scene("alice and bob", (0, 1)),
-        Scene("alice in ink", (0, 2)),
-        Scene("a tree"),
-    )
-    for wrong, what in (
-        ("[carol, bob] x", "carol"),
-        ("[4, 1] x", "'4'"),
-        ("[bob] x", "one LoRA alone"),
-        ("[] x", "''"),
-    ):
-        with pytest.raises(IncompatibleError, match=what):
-            parse_scenes([wrong], [], names)
-    with pytest.raises(IncompatibleError, match="several"):
-        parse_scenes(["[x, y] z"], [], ["a/x.safetensors", "b/x.safetensors", "y"])
-
-
-def test_metadata_names_the_scenes_of_the_merged_loras():
-    """A subset's file says by number, among its own LoRAs, which joint prompts were in force."""
-    calibration = calibrated()
-    for tasks, joint in (
-        (TASKS, ["[1, 2] both", "[1, 2, 3] everyone"]),
-        ([TASKS[1], TASKS[0]], ["[1, 2] both"]),
-        ([TASKS[2], TASKS[0]], []),
-    ):
-        settings = json.loads(merge_metadata(tasks, SSRMerge(), calibration)["ssr_merge"])["calibration"]["settings"]
-        assert settings["joint_prompts"] == joint
-        assert settings["neutral_prompts"] == ["nobody"]
-        names = [one.name for one in tasks]
-        places = [TASKS.index(one) for one in tasks]
-        assert parse_scenes(joint, ["nobody"], names) == keep(calibration, places).scenes
-
-
 def test_compression_counts_scenes_among_the_calibrated_outputs():
     """The error that a truncation states is the one on all passes' tokens."""
     calibration = calibrated()
@@ -290,6 +155,33 @@ def test_scenes_without_a_pass_are_refused():
             lambda k, tap: module(TOKENS[k]),
             scenes=SCENES,
         )
+
+
+def test_room_for_a_solve_counts_the_scenes():
+    """Their Grams in float64, and with the rows of who acts, beside the tasks'."""
+    stack, bare = build_stacks(TASKS)[0], calibrated(scenes=(), seen=[])
+    with_scenes, without = (
+        Statistics(TASKS, SSRMerge(), one, "anchor", True).bytes_to_solve(stack) for one in (calibrated(), bare)
+    )
+    gram = 8 * sum(stack.basis_ranks) ** 2
+    assert 2 * len(SCENES) * gram <= with_scenes - without <= 4 * len(SCENES) * gram
+
+
+def test_a_joint_prompt_of_others_is_measured_as_a_neutral_one():
+    tasks = [*TASKS[:2], task("else", {Target("other"): lora(3, OUT, IN, RANK)})]
+    tasks.append(task("more", {Target("other"): lora(4, OUT, IN, RANK)}))
+    root = nn.ModuleDict({"layer": linear64(IN, OUT), "other": linear64(IN, OUT)})
+    x = [*TOKENS, TOKENS[0], SEEN[0]]
+
+    def run(index, tap):
+        for module in root.values():
+            module(x[index])
+
+    scenes = (Scene("else and more", (2, 3)),)
+    found = calibrate(root, tasks, build_stacks(tasks), run, scenes=scenes, run_scene=lambda j, tap: run(4, tap))
+    layers = {layer.target: layer for layer in merged(found, tasks=tasks)[1].layers}
+    assert set(layers[LAYER].measures) == {NEUTRAL}
+    assert set(layers[Target("other")].measures) == {JOINT}
 
 
 def test_convolutions_have_scenes_too():
