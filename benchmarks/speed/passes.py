@@ -27,7 +27,7 @@ def measure(cell: Cell, device: torch.device, dtype: torch.dtype) -> dict[str, R
     if cell.memory:
         runs |= {"sampled": bench.calibrate_sampled, "refined": bench.refined}
     if cell.against:
-        runs["published"] = bench.published
+        runs |= {"published": bench.published, "unjudged": lambda: bench.merge(judge=False)}
     times = by_turns(runs, cell.repeats, device)
     rows = _times(cell, times)
     if cell.against:
@@ -75,12 +75,14 @@ def _times(cell: Cell, times: dict[str, list[float]]) -> dict[str, Row]:
     if cell.against:
         ours = [one - other for one, other in zip(whole, bare, strict=True)]
         theirs = [one - other for one, other in zip(times["published"], bare, strict=True)]
+        unjudged = [a + b - c for a, b, c in zip(calibrate, times["unjudged"], bare, strict=True)]
         rows["merge_time_over_published"] = {
             **cell.name,
             **over(ours, theirs).json(),
             "overhead_seconds": Spread.of(ours).json()["median"],
             "published_overhead_seconds": Spread.of(theirs).json()["median"],
             "whole_over_whole": over(whole, times["published"]).json()["median"],
+            "without_judging": over(unjudged, theirs).json()["median"],
         }
     return rows
 

@@ -88,11 +88,12 @@ def _sampling(rows: Sequence[Row]) -> str:
 
 def _published(rows: Sequence[Row]) -> str:
     return _table(
-        ["d", "N", "K", "r", "overhead / published", "overhead, s", "published, s", "whole / whole", "routers"],
+        ["d", "N", "K", "r", "overhead / published", "not judged", "overhead, s", "published, s", "whole / whole", "routers"],
         [
             [
                 *_cell(row),
                 _spread(row),
+                f"{row['without_judging']:.3f}",
                 f"{row['overhead_seconds']:.3g}",
                 f"{row['published_overhead_seconds']:.3g}",
                 f"{row['whole_over_whole']:.3f}",

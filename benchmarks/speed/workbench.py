@@ -70,10 +70,10 @@ class Workbench:
 
         return calibrate(self.model, self.tasks, build_stacks(self.tasks), run, sample=sample)
 
-    def merge(self, strength: float = 1.0) -> MergeResult:
+    def merge(self, strength: float = 1.0, judge: bool = True) -> MergeResult:
         """Solve, absorb and report from the last calibration."""
         tasks = [replace(task, strength_model=strength) for task in self.tasks]
-        return merge(tasks, SSRMerge(), self.calibration, device=self.device)
+        return merge(tasks, SSRMerge(), self.calibration, device=self.device, judge=judge)
 
     def refined(self) -> MergeResult:
         """A merge that is corrected by the last sampled calibration's inputs."""
