@@ -88,7 +88,18 @@ def _sampling(rows: Sequence[Row]) -> str:
 
 def _published(rows: Sequence[Row]) -> str:
     return _table(
-        ["d", "N", "K", "r", "overhead / published", "not judged", "overhead, s", "published, s", "whole / whole", "routers"],
+        [
+            "d",
+            "N",
+            "K",
+            "r",
+            "overhead / published",
+            "not judged",
+            "overhead, s",
+            "published, s",
+            "whole / whole",
+            "routers",
+        ],
         [
             [
                 *_cell(row),
