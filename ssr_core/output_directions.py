@@ -12,7 +12,6 @@ over the sampled tokens goes with the exact Gram, and what the regression leaves
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +22,6 @@ from .canonical import balance
 from .gram import GramStats
 from .refinement import weighted_tokens
 from .router import correlation, pooled, pooled_scenes
-from .sampling import InputSample
 from .stacks import LayerStack
 
 FOREIGN = 0.02
@@ -96,7 +94,8 @@ def watched(stack: LayerStack, stats: GramStats, device: torch.device, balanced:
     seen = stats.scenes
     if seen is not None:
         scenes = seen.gram.to(gram)
-        gram = gram + correlation(pooled_scenes(scenes, seen.tokens.to(gram), stats.tokens.to(gram), balanced))
+        more = pooled_scenes(scenes, seen.tokens.to(gram), seen.weights.to(gram), stats.tokens.to(gram), balanced)
+        gram = gram + correlation(more)
     values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
     keep = values > _NOISE * torch.finfo(stats.gram.dtype).eps * values[-1]
     if not bool(values[-1] > 0) or not bool(torch.isfinite(values).all()):
@@ -104,18 +103,18 @@ def watched(stack: LayerStack, stats: GramStats, device: torch.device, balanced:
     root = vectors[:, keep] * values[keep].sqrt()
     tokens = None
     if stats.samples is not None and (seen is None or seen.samples is not None):
-        counts = stats.tokens if seen is None else torch.cat([stats.tokens, seen.tokens])
-        tokens = _tokens(stats.all_samples, counts / stats.tokens.sum(), balanced, rows)
+        tokens = weighted_tokens(stats.all_samples, rows, _weights(stats, balanced))[0]
     return Watched(rows, root, float(gram.diagonal().mean()), tokens)
 
 
-def _tokens(samples: Sequence[InputSample], shares: Tensor, balanced: bool, like: Tensor) -> Tensor:
-    """(N, in): sampled inputs whose tasks and scenes weigh as in `pooled`; `shares` are those of the tasks' tokens."""
-    found, sizes = weighted_tokens(samples, like)
+def _weights(stats: GramStats, balanced: bool) -> list[float]:
+    """What the samples of tasks and scenes weigh: as their Grams do in `pooled` and `pooled_scenes`."""
+    seen = stats.scenes
     if balanced:
-        return found
-    share = shares.sqrt().to(like)
-    return found * share.repeat_interleave(torch.tensor(sizes, device=like.device))[:, None]
+        return [*(1.0 for _ in stats.ranks), *([] if seen is None else seen.weights.tolist())]
+    counts = stats.tokens if seen is None else torch.cat([stats.tokens, seen.tokens])
+    shares: list[float] = (counts / stats.tokens.sum()).tolist()
+    return shares
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def refine(
     ranks: Sequence[int],
     router: Tensor,
     up_gram: Tensor,
-    scenes: Sequence[tuple[InputSample, Tensor]] = (),
+    scenes: Sequence[tuple[InputSample, Tensor, float]] = (),
 ) -> Refinement | None:
     """Fit the correction of one layer.
 
@@ -61,19 +61,19 @@ def refine(
         ranks: Rows of each task's block.
         router: M (R, R), float64.
         up_gram: (R, R), `B^T B` of the stacked ups: errors are measured in what the layer puts out.
-        scenes: Sample of each scene, and (R,) 1 in the rows of its LoRAs, 0 elsewhere; weights count as above.
+        scenes: Sample of each scene; (R,) 1 in the rows of its LoRAs, 0 elsewhere; and what its weights count in all.
 
     Returns:
         The correction; None if the tokens are all zero or the LoRAs put out nothing.
     """
-    samples = bounded([*samples, *(sample for sample, _ in scenes)])  # those of combined runs add up
-    x, sizes = weighted_tokens(samples, basis)
+    samples = bounded([*samples, *(sample for sample, *_ in scenes)])  # those of combined runs add up
+    x, sizes = weighted_tokens(samples, basis, [*(1.0 for _ in ranks), *(weight for *_, weight in scenes)])
     signals = x @ basis.T
     wanted = torch.zeros_like(signals)
     tokens = block_slices(sizes)
     for places, rows in zip(tokens, block_slices(ranks), strict=False):
         wanted[places, rows] = signals[places, rows]
-    for places, (_, selector) in zip(tokens[len(ranks) :], scenes, strict=True):
+    for places, (_, selector, _) in zip(tokens[len(ranks) :], scenes, strict=True):
         wanted[places] = signals[places] * selector
     rest = wanted - signals @ router.T
     energy = _energy(wanted, up_gram)
@@ -107,16 +107,19 @@ def sampled_grams(samples: Sequence[InputSample], rows: Tensor) -> Tensor:
     return torch.stack([signals[tokens].T @ signals[tokens] for tokens in block_slices(sizes)])
 
 
-def weighted_tokens(samples: Sequence[InputSample], basis: Tensor) -> tuple[Tensor, list[int]]:
+def weighted_tokens(
+    samples: Sequence[InputSample], basis: Tensor, weights: Sequence[float] | None = None
+) -> tuple[Tensor, list[int]]:
     """All tokens (N, in), scaled so that each task's weigh 1 in all; and the number of each task's.
 
     Args:
         samples: One for each task.
         basis: Whose dtype and device the tokens get.
+        weights: What each task's weigh in all, if not 1.
     """
     parts = []
-    for sample in samples:
-        scale = (sample.weights / sample.weights.sum()).sqrt().to(basis.device)
+    for sample, weight in zip(samples, weights or [1.0] * len(samples), strict=True):
+        scale = (weight * sample.weights / sample.weights.sum()).sqrt().to(basis.device)
         parts.append(sample.rows.to(basis) * scale[:, None])
     return torch.cat(parts), [len(part) for part in parts]
 

@@ -37,16 +37,17 @@ def pooled(grams: Tensor, tokens: Tensor, balanced: bool) -> Tensor:
     return grams / tokens.sum().clamp_min(1e-300)
 
 
-def pooled_scenes(scenes: Tensor, counts: Tensor, tokens: Tensor, balanced: bool) -> Tensor:
+def pooled_scenes(scenes: Tensor, counts: Tensor, weights: Tensor, tokens: Tensor, balanced: bool) -> Tensor:
     """Scale the scenes' Grams (J, R, R) as `pooled` scales the tasks'.
 
     Args:
         scenes: Second moments of scenes.
         counts: (J,) number of their tokens.
+        weights: (J,) how many tasks each weighs as much as, where tasks are balanced.
         tokens: (K,) number of the tasks' tokens.
-        balanced: A scene weighs as much as a task; else all tokens weigh the same.
+        balanced: Scenes have these weights; else all tokens weigh the same.
     """
-    return pooled(scenes, counts if balanced else tokens.sum().expand(len(counts)), balanced=True)
+    return pooled(scenes, counts / weights if balanced else tokens.sum().expand(len(counts)), balanced=True)
 
 
 def correlation(grams: Tensor) -> Tensor:

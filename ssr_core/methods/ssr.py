@@ -29,7 +29,8 @@ NEUTRAL = "effect left on prompts under which no LoRA of the layer acts"
 class SSRMerge:
     """Least-squares router, ridge relative to the mean signal, pulled toward an anchor.
 
-    Joint and neutral prompts (`scenes`) take part where calibration had some; each counts as much as a LoRA.
+    Joint and neutral prompts (`scenes`) take part where calibration had some; each counts as much as
+    the LoRAs that act in it.
 
     Attributes:
         ridge: Fraction of the mean diagonal of G that is added to its diagonal; 0 is plain least squares
@@ -112,7 +113,7 @@ class SSRMerge:
         up_gram, basis = ups.T @ ups, problem.basis(stack, torch.float64)
         seen = stats.scenes
         chosen = router[:0] if seen is None else selectors(seen.active.to(ups.device), problem.ranks)
-        scenes = [] if seen is None else list(zip(seen.samples or (), chosen, strict=True))
+        scenes = [] if seen is None else list(zip(seen.samples or (), chosen, seen.weights.tolist(), strict=True))
         found = refine(stats.samples, basis, problem.ranks, router, up_gram, scenes)
         if found is None:
             return None
@@ -122,7 +123,7 @@ class SSRMerge:
         measures = {LEFT_OUT: found.left_out, UNCORRECTED: found.uncorrected}
         rows = torch.cat([basis, found.down])
         if scenes:
-            measures |= _measures(wide, sampled_grams([sample for sample, _ in scenes], rows), chosen, up_gram)
+            measures |= _measures(wide, sampled_grams([sample for sample, *_ in scenes], rows), chosen, up_gram)
         view = RouterView(wide, problem.ups, problem.ranks, grams, rows=rows)
         return MergedFactors(down, problem.ups, view, condition, measures)
 
@@ -136,7 +137,9 @@ class SSRMerge:
         q, g = guide(grams, problem.ranks), correlation(grams)
         if problem.scenes is not None and stats is not None and stats.scenes is not None and stats.complete:
             seen = stats.scenes
-            scenes = pooled_scenes(problem.scenes, seen.tokens.to(g), stats.tokens.to(g), self.balance)
+            scenes = pooled_scenes(
+                problem.scenes, seen.tokens.to(g), seen.weights.to(g), stats.tokens.to(g), self.balance
+            )
             q, g = with_scenes(q, g, scenes, selectors(seen.active.to(g.device), problem.ranks))
         g = (g + g.T) / 2
         own = g.diagonal()

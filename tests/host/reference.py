@@ -40,7 +40,8 @@ def routed(
         anchor: "sum", "average" or "zero".
         balance: Tasks count alike, not tokens.
         refine: Add the regression of what is left over on all inputs.
-        scenes: Inputs of further passes, (N, in), and the positions of the deltas whose sum is wanted there.
+        scenes: Inputs of further passes, (N, in), and the positions of the deltas whose sum is wanted there; each
+            counts as so many tasks.
     """
     bases = [row_space(delta) for delta in deltas]
     basis = torch.cat(bases, dim=1)
@@ -48,7 +49,8 @@ def routed(
     own = torch.cat([torch.full((b.shape[1],), k) for k, b in enumerate(bases)])
     total = sum(x.shape[0] for x in inputs)
     passes = [(x, [k]) for k, x in enumerate(inputs)] + list(scenes)
-    signals = [x @ basis / (x.shape[0] if balance else total) ** 0.5 for x, _ in passes]
+    weights = [max(1, len(who)) / x.shape[0] if balance else 1 / total for x, who in passes]
+    signals = [x @ basis * weight**0.5 for (x, _), weight in zip(passes, weights, strict=True)]
     acting = [torch.isin(own, torch.tensor(list(who), dtype=own.dtype)) for _, who in passes]
     mu = ridge * sum(float(z.square().sum()) for z in signals) / size
     identity = mu**0.5 * torch.eye(size, dtype=torch.float64)

@@ -46,7 +46,10 @@ def merged(calibration, method=None, tasks=TASKS):
 
 
 def least_squares(tokens, seen, scenes, ridge=0.01, tasks=TASKS):
-    """The router by lstsq: every pass weighs 1, `ridge` of the mean signal pulls toward the plain sum."""
+    """The router by lstsq.
+
+    Every pass weighs as many LoRAs as act in it (at least 1); `ridge` of the mean signal pulls toward the plain sum.
+    """
     coordinates = [svd_coordinates(*pair) for pair in factors_of(tasks)]
     basis, ups = torch.cat([v for v, _ in coordinates]), torch.cat([b for _, b in coordinates], dim=1)
     owner = torch.cat([torch.full((len(v),), k) for k, (v, _) in enumerate(coordinates)])
@@ -54,7 +57,7 @@ def least_squares(tokens, seen, scenes, ridge=0.01, tasks=TASKS):
     passes += [(x, scene.tasks) for x, scene in zip(seen, scenes, strict=True)]
     left, right = [], []
     for x, acting in passes:
-        z = x @ basis.T / len(x) ** 0.5
+        z = x @ basis.T * (max(1, len(acting)) / len(x)) ** 0.5
         left.append(z)
         right.append(z * torch.isin(owner, torch.tensor(acting, dtype=torch.int64)))
     mu = ridge * sum(z.square().sum() for z in left) / len(basis)

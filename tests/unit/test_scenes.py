@@ -103,6 +103,29 @@ def test_refinement_learns_the_scenes_targets():
     assert after == pytest.approx((errors / energy) ** 0.5, rel=1e-9)
 
 
+def test_refinement_is_the_regression_of_what_is_left_on_all_inputs():
+    """By the d x d covariance and the hat matrix, where the engine has the kernel of the tokens."""
+    found, _ = merged(calibrated(sample=SampleOptions(1000, most=10_000)), SSRMerge())
+    plain, deltas = least_squares(TOKENS, SEEN, SCENES), [up @ down for down, up in factors_of(TASKS)]
+    passes = [(x, (k,)) for k, x in enumerate(TOKENS)]
+    passes += [(x, scene.tasks) for x, scene in zip(SEEN, SCENES, strict=True)]
+    inputs, lacks = [], []
+    for x, acting in passes:
+        scale = (max(1, len(acting)) / len(x)) ** 0.5
+        wanted = sum((deltas[k] for k in acting), torch.zeros(OUT, IN, dtype=F64))
+        inputs.append(scale * x)
+        lacks.append(scale * x @ (wanted - plain).T)
+    x, lacks = torch.cat(inputs), torch.cat(lacks)
+    mean, answers = x.square().sum() / len(x), {float(lacks.square().sum()): torch.zeros(OUT, IN, dtype=F64)}
+    for share in (1.0, 0.1, 0.01):
+        inverse = torch.linalg.inv(x.T @ x + share * mean * torch.eye(IN, dtype=F64))
+        fit, leverage = lacks.T @ x @ inverse, ((x @ inverse) * x).sum(dim=1)
+        answers[float(((lacks - x @ fit.T) / (1 - leverage)[:, None]).square().sum())] = fit
+    best = answers[min(answers)]
+    assert float(best.norm()) > 0.05 * float(plain.norm())
+    assert rel(found, plain + best) < 1e-9
+
+
 def test_measures_of_a_plain_router_are_those_of_its_answers():
     found, report = merged(calibrated())
     deltas = [up @ down for down, up in factors_of(TASKS)]
@@ -139,9 +162,9 @@ def test_compression_counts_scenes_among_the_calibrated_outputs():
     small, report = compress(result, CompressOptions("rank", 2, 0.0), TASKS, calibration)
     whole, less = result.layers[LAYER].delta(F64), small.layers[LAYER].delta(F64)
     error = energy = 0.0
-    for x in (*TOKENS, *SEEN):
-        error += float((x @ (whole - less).T).square().sum()) / len(x)
-        energy += float((x @ whole.T).square().sum()) / len(x)
+    for x, weight in [*((x, 1) for x in TOKENS), (SEEN[0], 2), (SEEN[1], 3), (SEEN[2], 1)]:
+        error += weight * float((x @ (whole - less).T).square().sum()) / len(x)
+        energy += weight * float((x @ whole.T).square().sum()) / len(x)
     assert report.layers[0].error == pytest.approx((error / energy) ** 0.5, rel=1e-6)
 
 
