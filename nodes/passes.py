@@ -58,9 +58,10 @@ def calibrate(
         IncompatibleError: A joint prompt names a LoRA that is not there.
         MemoryBudgetError: The statistics would not fit.
     """
-    scenes = parse_scenes(options.joint_prompts, options.neutral_prompts, [task.name for task in loaded.tasks])
-    stacks, ranks = build_stacks(loaded.tasks), ranks or Ranks()
+    stacks, ranks, names = build_stacks(loaded.tasks), ranks or Ranks(), [task.name for task in loaded.tasks]
     shared = any(len(stack.blocks) > 1 for stack in stacks)
+    # with one LoRA switched on nothing is calibrated, and a prompt for several is no mistake
+    scenes = parse_scenes(options.joint_prompts, options.neutral_prompts, names) if shared else ()
     # memory may be short for one process alone: all of them have to keep the same
     held_out = ranks.least(_held_out_within_budget(stacks, model, options, len(scenes)) if shared else HELD_OUT)
     parts = [

@@ -226,6 +226,8 @@ def _chosen(wanted: str, names: Sequence[str]) -> int:
         listed = ", ".join(f"{i} {name}" for i, name in enumerate(names, 1))
         problem = "several LoRAs are called" if found else "no merged LoRA is called"
         raise IncompatibleError(
-            f"in a joint prompt: {problem} {wanted!r}.", remedy=f"write numbers or names of: {listed}."
+            f"in a joint prompt: {problem} {wanted!r}.",
+            remedy=f"write numbers or names of: {listed}. If the bracket belongs to the prompt, name the LoRAs before "
+            "it: [1, 2] [word] text.",
         )
     return found[0]
