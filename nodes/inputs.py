@@ -131,7 +131,7 @@ def scene_inputs() -> list[io.Input]:
             optional=True,
             tooltip="Prompts that show several of the LoRAs in one picture (two subjects, a subject in a style), one a "
             "line, as you will use them. Without one, routing keeps one LoRA there and mutes the others. All LoRAs act "
-            "under such a prompt; [alice, bob] before it names some, by file name or number. Each takes one more pass.",
+            "under such a prompt; [alice, bob] before it names some, by file name, or by number among those switched on. Each takes one more pass.",
         ),
         io.String.Input(
             "neutral_prompts",

@@ -172,7 +172,11 @@ def notes_for(tasks: Sequence[Task], calibration: Calibration | None) -> list[st
     dropped = [r.name for i, r in enumerate(calibration.tasks) if i not in matched]
     if dropped:
         notes.append(f"Calibrated but not merged: {', '.join(dropped)}.")
-    lost = len(calibration.scenes) - len(scenes_of(calibration.scenes, matched)[0])
+    kept = scenes_of(calibration.scenes, matched)[1]
+    for scene in kept:
+        who = " and ".join(tasks[task].name for task in scene.tasks) or "no LoRA"
+        notes.append(f"{scene.label.capitalize()} ({who} active): {scene.prompt}")
+    lost = len(calibration.scenes) - len(kept)
     if lost:
         notes.append(f"{lost} joint prompts take no part, as some of their LoRAs are not merged.")
     return notes

@@ -77,14 +77,17 @@ def _errors(report: MergeReport) -> list[str]:
             rows += [[f"{task}, {name}", *_row(report, held_out, i)] for i, task in enumerate(report.tasks)]
     judged = (
         "Held-out tokens are one in eight of the same passes, judged by a router that was fitted on the others (the "
-        "merge itself uses all tokens). In layers that read only text they are words that this router has not met."
+        "merge itself uses all tokens); layers of a single token, such as modulation, have none. In layers that read "
+        "only text they are words that this router has not met."
         if held
         else "The calibration holds no held-out tokens, so there is no honest figure beside this one."
     )
     return [
         "## Reconstruction error",
         "",
-        "0: every LoRA acts on its own prompt as if it were alone; root mean square over layers. " + judged,
+        "0: every LoRA acts on its own prompt as if it were alone, 1: as if it were off; root mean square over layers. "
+        "In *all* a layer's LoRAs weigh by their energy, so a quiet one hardly shows there; its own line is relative "
+        "to its own energy. " + judged,
         "",
         *table(["tokens", *(title for title, _ in _COLUMNS)], rows),
     ]

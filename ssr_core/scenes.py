@@ -177,6 +177,11 @@ def parse_scenes(joint: Sequence[str], neutral: Sequence[str], names: Sequence[s
     found = []
     for line in filter(None, map(str.strip, joint)):
         match = _CHOSEN.fullmatch(line)
+        if match is None and line.startswith("["):
+            raise IncompatibleError(
+                f"in the joint prompt {line!r} the bracket is not closed.",
+                remedy="write who takes part in brackets, then the prompt: [alice, bob] two women.",
+            )
         tasks = set(range(len(names))) if match is None else {_chosen(one, names) for one in match[1].split(",")}
         if len(tasks) < 2:
             raise IncompatibleError(
@@ -224,7 +229,7 @@ def _chosen(wanted: str, names: Sequence[str]) -> int:
         found = [int(wanted) - 1] if 0 < int(wanted) <= len(names) else []
     if len(found) != 1:
         listed = ", ".join(f"{i} {name}" for i, name in enumerate(names, 1))
-        problem = "several LoRAs are called" if found else "no merged LoRA is called"
+        problem = "several LoRAs are called" if found else "no LoRA that is switched on is called"
         raise IncompatibleError(
             f"in a joint prompt: {problem} {wanted!r}.",
             remedy=f"write numbers or names of: {listed}. If the bracket belongs to the prompt, name the LoRAs before "

@@ -59,7 +59,7 @@ def suggestions(report: MergeReport, settings: Mapping[str, object], method: Mer
         found += _not_routed(report)
     elif routes(method):
         found += [*_alike(report), *(_overfit(report, settings) or _few_tokens(report, settings)), *_ill(report)]
-        found += _much_left(report, settings, method)
+        found += [*_drowned(report), *_much_left(report, settings, method)]
     return found
 
 
@@ -196,6 +196,23 @@ def _ill(report: MergeReport) -> list[str]:
         f"{len(bad)} layers are nearly singular (condition {worst.condition:.0e} in {worst.target}): small changes of "
         "the noise change the merge there. Set ridge to 0.01."
     ]
+
+
+def _drowned(report: MergeReport) -> list[str]:
+    """LoRAs that a plain sum would have kept as well, though the merge as a whole is better."""
+    held = not math.isnan(report.reconstruction_error(held_out=True))
+    tokens = "held-out" if held else "calibration's"
+    found = []
+    for index, name in enumerate(report.tasks):
+        mine, plain = (report.reconstruction_error(one, held_out=held, task=index) for one in ("result", "sum"))
+        if math.isfinite(mine) and mine > max(MUCH, plain) and len(report.strengths) == len(report.tasks):
+            strength = report.strengths[index]
+            found.append(
+                f"{name} comes out no better than in a plain sum (error {mine:.2f} against {plain:.2f} on {tokens} "
+                f"tokens): what the others add weighs more than it does itself. Give it two or three prompts, or raise "
+                f"its strength_model (now {strength:g})."
+            )
+    return found
 
 
 def _much_left(report: MergeReport, settings: Mapping[str, object], method: MergeMethod) -> list[str]:

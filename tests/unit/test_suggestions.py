@@ -50,6 +50,15 @@ def test_a_good_merge_needs_nothing_but_a_prompt_for_pictures_of_both():
     assert merge(tasks, SSRMerge(), calibrated(module, tasks, tokens, **neutral)).report.advice == (sentence,)
 
 
+def test_a_lora_that_the_others_drown_is_named():
+    drowned = {"result": [0.2, 2.2], "sum": [1.0, 2.1], "average": [0.7, 1.1], "gains": [0.7, 1.1]}
+    one = replace(layer(), held_task_errors=drowned, task_errors=drowned)
+    (sentence,) = [s for s in found(one) if "no better than in a plain sum" in s]
+    assert sentence.startswith("cat ") and "2.20 against 2.10" in sentence and "now 0.8" in sentence
+    fine = {**drowned, "result": [0.2, 2.0]}
+    assert not [s for s in found(replace(one, held_task_errors=fine)) if "no better" in s]
+
+
 @pytest.mark.parametrize(("own", "appears"), [((1.0, 8.0), True), ((8.0, 1.0), True), ((1.0, 3.5), False)])
 def test_a_loud_lora_and_the_strength_that_balances_it(own, appears):
     sentences = [s for s in found(layer(own=own)) if "carries" in s]
