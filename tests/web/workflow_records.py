@@ -23,14 +23,14 @@ RECORD_GRAPHS = {
         ),
         ("report", "PreviewAny", 440, 1180, {}, {"source": "merge.4"}, "Report"),
         ("library", "SSRRecordLibrary", 900, 800, {}, {}, "What is recorded"),
-        *sampling("a", "merge.0", "merge.1", "ckpt.2", 0, PROMPT),
+        *sampling("a", "merge.0", "merge.1", "ckpt.2", 0, "a photo of sks dog on a sofa"),
         note(
             "note",
             0,
             -190,
             "**Calibrate each LoRA once, merge any set for ever.** The first run records each LoRA; after that any of "
             "them are merged without sampling, as long as prompts, seed, steps and size stay. A new LoRA costs its own "
-            "pass only.",
+            "pass only. Paint one subject a picture with such a merge; for both in one, SSR Merge has joint_prompts.",
         ),
     ],
     "several_servers": [
@@ -52,13 +52,13 @@ RECORD_GRAPHS = {
             "cal2",
             "SSRCalibrate",
             440,
-            780,
-            {"width": 512, "height": 512},
+            880,
+            {"width": 512, "height": 512, "joint_prompts": PROMPT},
             {**CALIBRATE, "loras.lora0": "three.0", "loras.lora1": "four.0"},
             "On server B",
         ),
-        ("save1", "SSRSaveCalibration", 440, 1560, {"filename_prefix": "server_a"}, {"calibration": "cal1.0"}, None),
-        ("save2", "SSRSaveCalibration", 440, 1720, {"filename_prefix": "server_b"}, {"calibration": "cal2.0"}, None),
+        ("save1", "SSRSaveCalibration", 440, 1760, {"filename_prefix": "server_a"}, {"calibration": "cal1.0"}, None),
+        ("save2", "SSRSaveCalibration", 440, 1920, {"filename_prefix": "server_b"}, {"calibration": "cal2.0"}, None),
         (
             "sum",
             "SSRCombineCalibrations",
@@ -77,7 +77,8 @@ RECORD_GRAPHS = {
             -190,
             "**Several servers: calibrate apart, combine.** Run SSR Calibrate and SSR Save Calibration on each server "
             "with prompts (or seeds) of its own. Copy the files into one output/calibrations folder, put SSR Load "
-            "Calibration in place of each SSR Calibrate here, and combine. The same LoRA files and model everywhere.",
+            "Calibration in place of each SSR Calibrate here, and combine. The same LoRA files and model everywhere. One "
+            "of them runs the joint prompt.",
         ),
     ],
 }
