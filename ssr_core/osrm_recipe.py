@@ -89,7 +89,7 @@ _REFIT = _object(
         **_MOMENTS,
     }
 )
-_UNUSED = ("sampled_tokens", "joint_prompts", "neutral_prompts", "held_out")
+_UNUSED = ("sampled_tokens", "joint_prompts", "neutral_prompts", "held_out", "runs", "records")
 _PASSES = _PROPERTIES["calibration"]["properties"]["settings"]
 _SETTINGS = _object(
     {"settings": _object({name: one for name, one in _PASSES["properties"].items() if name not in _UNUSED})}
