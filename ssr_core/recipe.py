@@ -143,14 +143,14 @@ def parse_recipe(value: Any, name: str, *, recorded: bool = False) -> Recipe:
     method = _method(value.get("method", "ssr"), value.get("parameters", {}), name)
     calibration = value.get("calibration", {} if method.needs_calibration else None)
     settings = None if calibration is None else calibration.get("settings", {})
-    if recorded and settings is not None:
-        settings = {"sampled_tokens": 0, **settings}  # the first release kept none and did not say so
+    absent = {"sampled_tokens": 0} if recorded else {}  # the first release kept none and did not say so
+    settings = None if settings is None else {**absent, **settings}
     strengths = (calibration or {}).get("strengths", [])
     sources = tuple(source_of(one, index, strengths, value["sources"]) for index, one in enumerate(value["sources"]))
     hidden = [one.name for one in sources if any(CONDITIONING in prompt for prompt in one.prompts)]
     if hidden and settings is not None:
         raise refused(name, [f"{hidden[0]} was calibrated with a CONDITIONING, whose content is not in the file"])
-    runs = read_runs(settings or {}, value["sources"], name)
+    runs = read_runs(settings or {}, value["sources"], name, absent)
     for one in ([run.settings for run in runs] or [settings or {}]) if recorded else ():
         if one.get("custom_latent") and one.get("latent_fill") is None:
             raise refused(

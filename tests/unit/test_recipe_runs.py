@@ -86,6 +86,13 @@ def test_one_run_that_was_reweighted_and_sums_of_sums_are_runs(tmp_path):
     assert recipe_of(tasks, runs[0])[2].runs == ()
 
 
+def test_what_a_run_does_not_say_is_as_in_the_nodes_but_in_files_of_the_first_release():
+    run = {"settings": {"seed": 1}, "prompts": [["0", ["a"]]], "weight": 1.0}
+    value = {"sources": [{"name": "a", "sha256": "0"}], "calibration": {"settings": {"runs": [run]}}}
+    (asked,), (then,) = (parse_recipe(value, "m", recorded=recorded).runs for recorded in (False, True))
+    assert asked.settings == {"seed": 1} and then.settings == {"seed": 1, "sampled_tokens": 0}
+
+
 def test_some_loras_of_a_sum_in_another_order_keep_their_prompts():
     tasks = recorded_tasks(3)
     then = combine([run_of(tasks, [("a",), ("b",), ("c",)], {"seed": s, "sampled_tokens": 0}) for s in range(2)])
