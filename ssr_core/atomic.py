@@ -87,6 +87,8 @@ def stale_scratch(folder: Path) -> list[tuple[Path, int, float]]:
             stats = [one.stat() for one in (path, *path.iterdir())]
         except FileNotFoundError:  # its process is alive and has just finished
             continue
+        except (NotADirectoryError, PermissionError):  # somebody else's
+            continue
         changed = max(one.st_mtime for one in stats)
         if time.time() - changed > STALE_SECONDS:
             found.append((path, sum(one.st_size for one in stats[1:]), changed))

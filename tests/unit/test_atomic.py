@@ -128,11 +128,22 @@ def test_a_killed_process_leaves_no_half_record_and_what_it_leaves_is_cleaned(tm
     assert not left.exists() and len(library.listing()) == earlier == len(list(tmp_path.iterdir()))
 
 
-def test_folders_of_others_are_no_leftovers(tmp_path):
+def test_folders_of_others_are_no_leftovers(tmp_path, monkeypatch):
     long_ago = time.time() - STALE_SECONDS - 10
     for name in (".git", ".x.0123abcd.tmp", "x.0123abcd.ssrtmp", ".x.0123abcg.ssrtmp", ".x.ssrtmp"):
         (tmp_path / name).mkdir()
         os.utime(tmp_path / name, (long_ago, long_ago))
+    file, private = tmp_path / ".x.0123abce.ssrtmp", tmp_path / ".x.0123abcf.ssrtmp"
+    file.write_text("no folder")
+    private.mkdir(mode=0)
+    listed = Path.iterdir
+
+    def iterdir(path):  # also where tests are run by somebody who may read everything
+        if path == private:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
     assert stale_scratch(tmp_path) == []
     ours = tmp_path / ".x.0123abcd.ssrtmp"
     ours.mkdir()
