@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from .errors import FileError
 
@@ -75,6 +75,11 @@ def scratch_folder(path: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # what a virus scanner holds on to, `stale_scratch` finds
+
+
+def in_scratch(path: PurePath) -> bool:
+    """Whether a file is one that is being written, or that a killed process left: no file of anybody's."""
+    return any(_SCRATCH.fullmatch(part) for part in path.parts[:-1])
 
 
 def stale_scratch(folder: Path) -> list[tuple[Path, int, float]]:
