@@ -14,7 +14,8 @@ from .metadata import START
 from .moments import FEATURES, MomentOptions
 from .osrm_layer import REFIT_MODES, RefitOptions
 from .osrm_options import INIT_STYLES, LAYER_CHOICES, InitOptions
-from .recipe import Recipe, Source, model_of, parse_recipe, read_json, read_recipe, refused, source_of
+from .recipe import Recipe, parse_recipe, read_json, read_recipe
+from .recipe_parts import Source, model_of, refused, source_of
 from .recipe_schema import SCHEMA
 from .schema import problems
 
