@@ -20,7 +20,7 @@ from .gram import GramStats
 from .heldout import HeldOut
 from .records import TaskRecord
 from .sampling import InputSample, joined
-from .scenes import counted, summed_scenes, with_scenes
+from .scenes import counted, settings_with_scenes, summed_scenes
 from .targets import Target
 from .updates import keep
 
@@ -200,7 +200,7 @@ def _runs(calibration: Calibration, weight: float) -> list[dict[str, Any]]:
         # joint prompts name LoRAs by their numbers
         order = {"order": [record.fingerprint for record in calibration.tasks]} if calibration.scenes else {}
         names, settings = [record.name for record in calibration.tasks], calibration.settings
-        settings = with_scenes(settings, calibration.scenes, names) if settings else {}
+        settings = settings_with_scenes(settings, calibration.scenes, names) if settings else {}
         earlier = [{"settings": settings, "prompts": sorted(prompts), "weight": 1.0, **order}]
     return [{**run, "weight": run["weight"] * weight} for run in earlier]
 

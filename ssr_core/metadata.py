@@ -12,7 +12,7 @@ from .errors import FileError
 from .files import json_text
 from .merge import describe
 from .methods import MergeMethod
-from .scenes import scenes_of, with_scenes
+from .scenes import scenes_of, settings_with_scenes
 from .stacks import Task
 from .version import VERSION
 
@@ -78,7 +78,7 @@ def _settings(calibration: Calibration, tasks: Sequence[Task], records: Sequence
     """How the passes ran; joint prompts as they apply to the LoRAs of this merge, by their numbers in it."""
     active = [(record, task.name) for record, task in zip(records, tasks, strict=True) if record >= 0]
     scenes = scenes_of(calibration.scenes, [record for record, _ in active])[1]
-    return with_scenes(calibration.settings, scenes, [name for _, name in active])
+    return settings_with_scenes(calibration.settings, scenes, [name for _, name in active])
 
 
 def _calibrated_at(calibration: Calibration | None, record: int) -> list[float] | None:

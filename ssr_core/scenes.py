@@ -205,7 +205,9 @@ def scene_lines(scenes: Sequence[Scene], names: Sequence[str]) -> tuple[list[str
     return joint, [one.prompt for one in scenes if not one.tasks]
 
 
-def with_scenes(settings: Mapping[str, object], scenes: Sequence[Scene], names: Sequence[str]) -> dict[str, object]:
+def settings_with_scenes(
+    settings: Mapping[str, object], scenes: Sequence[Scene], names: Sequence[str]
+) -> dict[str, object]:
     """Settings whose joint and neutral prompts are these scenes, by the LoRAs' numbers.
 
     What a person wrote is about the LoRAs of then, in their order of then; some may be gone or stand elsewhere.
