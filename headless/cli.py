@@ -97,7 +97,7 @@ def _hours(text: str) -> timedelta:
     except ValueError:
         hours = 0.0
     if not 0 < hours <= 10_000:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of hours above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of hours above 0, at most 10000")
     return timedelta(hours=hours)
 
 

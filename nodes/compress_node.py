@@ -48,6 +48,7 @@ class SSRCompress(io.ComfyNode):
                     "which keeps less of what the LoRA does at the same size.",
                 ),
                 *_limit_inputs(),
+                *_advanced_inputs(),
             ],
             outputs=[
                 *merge_outputs(),
@@ -126,6 +127,11 @@ def _limit_inputs() -> list[io.Input]:
             round=0.001,
             tooltip="For limit share: the size as a share of what it was. 0.5 recommended.",
         ),
+    ]
+
+
+def _advanced_inputs() -> list[io.Input]:
+    return [
         io.Float.Input(
             "ridge",
             default=_DEFAULTS.ridge,

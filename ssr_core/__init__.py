@@ -59,7 +59,8 @@ from .osrm_report import init_markdown
 from .padding import PaddingMode, TextRows
 from .parse import read_adapter
 from .ranks import Ranks, joined
-from .recipe import Recipe, Source, parse_recipe, read_recipe
+from .recipe import Recipe, parse_recipe, read_recipe
+from .recipe_parts import Source
 from .recipe_runs import RecordUse, Run
 from .recipe_schema import PASS_DEFAULTS, SCHEMA
 from .records import TaskRecord, records_of

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from .errors import FileError
 
@@ -77,6 +77,11 @@ def scratch_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)  # what a virus scanner holds on to, `stale_scratch` finds
 
 
+def in_scratch(path: PurePath) -> bool:
+    """Whether a file is one that is being written, or that a killed process left: no file of anybody's."""
+    return any(_SCRATCH.fullmatch(part) for part in path.parts[:-1])
+
+
 def stale_scratch(folder: Path) -> list[tuple[Path, int, float]]:
     """What killed processes left in a folder: each path, its bytes, and when it last changed (seconds since 1970)."""
     found = []
@@ -86,6 +91,8 @@ def stale_scratch(folder: Path) -> list[tuple[Path, int, float]]:
         try:
             stats = [one.stat() for one in (path, *path.iterdir())]
         except FileNotFoundError:  # its process is alive and has just finished
+            continue
+        except (NotADirectoryError, PermissionError):  # somebody else's
             continue
         changed = max(one.st_mtime for one in stats)
         if time.time() - changed > STALE_SECONDS:

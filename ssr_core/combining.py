@@ -20,7 +20,7 @@ from .gram import GramStats
 from .heldout import HeldOut
 from .records import TaskRecord
 from .sampling import InputSample, joined
-from .scenes import counted, summed_scenes
+from .scenes import counted, settings_with_scenes, summed_scenes
 from .targets import Target
 from .updates import keep
 
@@ -199,7 +199,9 @@ def _runs(calibration: Calibration, weight: float) -> list[dict[str, Any]]:
         prompts = [[record.fingerprint, list(record.prompts)] for record in calibration.tasks]
         # joint prompts name LoRAs by their numbers
         order = {"order": [record.fingerprint for record in calibration.tasks]} if calibration.scenes else {}
-        earlier = [{"settings": dict(calibration.settings), "prompts": sorted(prompts), "weight": 1.0, **order}]
+        names, settings = [record.name for record in calibration.tasks], calibration.settings
+        settings = settings_with_scenes(settings, calibration.scenes, names) if settings else {}
+        earlier = [{"settings": settings, "prompts": sorted(prompts), "weight": 1.0, **order}]
     return [{**run, "weight": run["weight"] * weight} for run in earlier]
 
 

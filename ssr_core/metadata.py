@@ -12,7 +12,7 @@ from .errors import FileError
 from .files import json_text
 from .merge import describe
 from .methods import MergeMethod
-from .scenes import scene_lines, scenes_of
+from .scenes import scenes_of, settings_with_scenes
 from .stacks import Task
 from .version import VERSION
 
@@ -76,12 +76,9 @@ def merge_metadata(
 
 def _settings(calibration: Calibration, tasks: Sequence[Task], records: Sequence[int]) -> dict[str, object]:
     """How the passes ran; joint prompts as they apply to the LoRAs of this merge, by their numbers in it."""
-    if not calibration.scenes and "joint_prompts" not in calibration.settings:
-        return dict(calibration.settings)
     active = [(record, task.name) for record, task in zip(records, tasks, strict=True) if record >= 0]
     scenes = scenes_of(calibration.scenes, [record for record, _ in active])[1]
-    joint, neutral = scene_lines(scenes, [name for _, name in active])
-    return {**calibration.settings, "joint_prompts": joint, "neutral_prompts": neutral}
+    return settings_with_scenes(calibration.settings, scenes, [name for _, name in active])
 
 
 def _calibrated_at(calibration: Calibration | None, record: int) -> list[float] | None:

@@ -14,7 +14,8 @@ from .metadata import START
 from .moments import FEATURES, MomentOptions
 from .osrm_layer import REFIT_MODES, RefitOptions
 from .osrm_options import INIT_STYLES, LAYER_CHOICES, InitOptions
-from .recipe import Recipe, Source, model_of, parse_recipe, read_json, read_recipe, refused, source_of
+from .recipe import Recipe, parse_recipe, read_json, read_recipe
+from .recipe_parts import Source, model_of, refused, source_of
 from .recipe_schema import SCHEMA
 from .schema import problems
 
@@ -89,7 +90,7 @@ _REFIT = _object(
         **_MOMENTS,
     }
 )
-_UNUSED = ("sampled_tokens", "joint_prompts", "neutral_prompts", "held_out")
+_UNUSED = ("sampled_tokens", "joint_prompts", "neutral_prompts", "held_out", "runs", "records")
 _PASSES = _PROPERTIES["calibration"]["properties"]["settings"]
 _SETTINGS = _object(
     {"settings": _object({name: one for name, one in _PASSES["properties"].items() if name not in _UNUSED})}

@@ -10,7 +10,7 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from .errors import CalibrationError
 from .gram import GramStats
-from .heldout import HeldOut
 from .sampling import InputSample
 from .targets import Target
+from .token_sums import shapes_of, sums_of, with_sums
 
 Sampled = tuple[str, int]
 """Module path and task of a sample; scenes have negative numbers."""
@@ -89,7 +89,7 @@ class Ranks:
             for (target, name, value), part in zip(bucket, parts, strict=True):
                 dtype = torch.float64 if target in double else torch.float32
                 found[target][name] = part.view_as(value).to(dtype if name in _GRAMS else value.dtype)
-        return {target: _with_sums(stats[target], found[target]) for target in order}
+        return {target: with_sums(stats[target], found[target]) for target in order}
 
     def told(self, text: str) -> str:
         """What the first process says, on every process.
@@ -150,7 +150,7 @@ class Ranks:
         return found
 
     def _agree(self, order: Sequence[Target], stats: Mapping[Target, GramStats]) -> None:
-        described = ";".join(f"{target}{stats[target].ranks}{_shapes(stats[target])}" for target in order)
+        described = ";".join(f"{target}{stats[target].ranks}{shapes_of(stats[target])}" for target in order)
         every = torch.zeros(self.size, dtype=torch.float64)
         every[self.rank] = float(zlib.crc32(described.encode()))
         if len(set(self._sum(every).tolist())) > 1:
@@ -190,7 +190,7 @@ def _buckets(order: Sequence[Target], stats: Mapping[Target, GramStats]) -> Iter
     bucket: list[_Entry] = []
     size = 0
     for target in order:
-        for name, value in _sums(stats[target]).items():
+        for name, value in sums_of(stats[target]).items():
             if bucket and size + value.numel() > _BUCKET:
                 yield bucket
                 bucket, size = [], 0
@@ -198,35 +198,6 @@ def _buckets(order: Sequence[Target], stats: Mapping[Target, GramStats]) -> Iter
             size += value.numel()
     if bucket:
         yield bucket
-
-
-def _sums(stats: GramStats) -> dict[str, Tensor]:
-    """All that is a sum over tokens, by name."""
-    found = {"gram": stats.gram, "tokens": stats.tokens, "nonfinite": stats.nonfinite}
-    if stats.held is not None:
-        found |= {"packed": stats.held.packed, "held": stats.held.tokens}
-    if stats.scenes is not None:
-        scenes = stats.scenes
-        found |= {"scenes": scenes.packed, "scene_tokens": scenes.tokens, "scene_nonfinite": scenes.nonfinite}
-    return found
-
-
-def _shapes(stats: GramStats) -> list[tuple[str, tuple[int, ...]]]:
-    """What is summed, for comparison; of scenes also which LoRAs act."""
-    found = [(name, tuple(value.shape)) for name, value in _sums(stats).items()]
-    return found if stats.scenes is None else [*found, (str(stats.scenes.active.tolist()), ())]
-
-
-def _with_sums(stats: GramStats, sums: Mapping[str, Tensor]) -> GramStats:
-    """The same with other sums; Grams in the dtype that they come in."""
-    held = None if stats.held is None else HeldOut(sums["packed"], sums["held"])
-    scenes = stats.scenes
-    if scenes is not None:
-        tokens, nonfinite = sums["scene_tokens"], sums["scene_nonfinite"]
-        scenes = replace(scenes, packed=sums["scenes"], tokens=tokens, nonfinite=nonfinite)
-    return replace(
-        stats, gram=sums["gram"], tokens=sums["tokens"], nonfinite=sums["nonfinite"], held=held, scenes=scenes
-    )
 
 
 @contextmanager

@@ -45,13 +45,19 @@ class RecordUse:
     weights: tuple[tuple[float, ...], ...]
 
 
-def read_runs(settings: Mapping[str, Any], sources: Sequence[Mapping[str, Any]], name: str) -> tuple[Run, ...]:
+def read_runs(
+    settings: Mapping[str, Any],
+    sources: Sequence[Mapping[str, Any]],
+    name: str,
+    absent: Mapping[str, Any] | None = None,
+) -> tuple[Run, ...]:
     """The runs that a calibration is the sum of; none if it is one run.
 
     Args:
         settings: Of the calibration.
         sources: The LoRAs, as recipes say them.
         name: Of the file, for errors.
+        absent: What a run had that does not say so.
 
     Raises:
         FileError: A run cannot be made again; says why.
@@ -65,11 +71,11 @@ def read_runs(settings: Mapping[str, Any], sources: Sequence[Mapping[str, Any]],
         if scenes and run.get("order") != hashes:
             raise _lost(name, "a part of it has joint or neutral prompts, and its LoRAs stood in another order there")
         prompts = _prompts_of(run, name)
-        absent = [one["name"] for one, sha256 in zip(sources, hashes, strict=True) if sha256 not in prompts]
-        if absent:
-            raise _lost(name, f"its runs do not say the prompts of {absent[0]}")
-        settings_of = {"sampled_tokens": 0, **run["settings"]}  # the first release kept none and did not say so
-        found.append(Run(settings_of, tuple(prompts[sha256] for sha256 in hashes), float(run["weight"])))
+        silent = [one["name"] for one, sha256 in zip(sources, hashes, strict=True) if sha256 not in prompts]
+        if silent:
+            raise _lost(name, f"its runs do not say the prompts of {silent[0]}")
+        given = {**(absent or {}), **run["settings"]}
+        found.append(Run(given, tuple(prompts[sha256] for sha256 in hashes), float(run["weight"])))
     return tuple(found)
 
 

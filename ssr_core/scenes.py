@@ -12,7 +12,7 @@ for a neutral prompt: each LoRA counts as much as under a prompt of its own),
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 
@@ -214,6 +214,19 @@ def scene_lines(scenes: Sequence[Scene], names: Sequence[str]) -> tuple[list[str
 
     joint = [f"[{', '.join(map(number, one.tasks))}] {one.prompt}" for one in scenes if one.tasks]
     return joint, [one.prompt for one in scenes if not one.tasks]
+
+
+def settings_with_scenes(
+    settings: Mapping[str, object], scenes: Sequence[Scene], names: Sequence[str]
+) -> dict[str, object]:
+    """Settings whose joint and neutral prompts are these scenes, by the LoRAs' numbers.
+
+    What a person wrote is about the LoRAs of then, in their order of then; some may be gone or stand elsewhere.
+    """
+    if not scenes and "joint_prompts" not in settings:
+        return dict(settings)
+    joint, neutral = scene_lines(scenes, names)
+    return {**settings, "joint_prompts": joint, "neutral_prompts": neutral}
 
 
 def _spellings(name: str) -> tuple[str, str, str]:

@@ -13,6 +13,7 @@ import { wordsFor } from "./ssr/text.js";
 import { createTriggers } from "./ssr/triggers.js";
 
 const PANEL_NODES = new Set(["SSRMerge", "SSRCalibrate", "SSRSolve", "SSRNPLoRAMerge", "SSRMergeFromRecords"]);
+const TEXT_HEIGHT = 64;
 const PANEL_HEIGHT = 312;
 const TRIGGERS_HEIGHT = 66;
 const WIDTH = 380; // two matrices of three LoRAs side by side
@@ -62,6 +63,15 @@ function addElement(node, name, element, height) {
   chain(node, "onAdded", () => keepMounted(node, element));
 }
 
+/** Text boxes of fixed height: else they share a node's spare room with the preview, and what is below them moves. */
+function holdTexts(node) {
+  for (const { element, options } of node.widgets ?? []) {
+    if (element?.tagName !== "TEXTAREA" || !options) continue;
+    options.getMinHeight = () => TEXT_HEIGHT;
+    options.getMaxHeight = () => TEXT_HEIGHT;
+  }
+}
+
 /**
  * After an undo the Vue renderer goes on showing the elements of the nodes that were there before, because the new
  * ones have their ids: then ours takes the place of its predecessor.
@@ -98,6 +108,7 @@ function addPanel(node) {
     redraw: () => panel.refreshLoras(),
   };
   const panel = createPanel({ words: text, lorasView: () => lorasView(node, text, host) });
+  holdTexts(node);
   addElement(node, "ssr_panel", panel.element, PANEL_HEIGHT);
   makeRoom(node, WIDTH);
   panels.set(node, panel);

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import comfy.utils
 import folder_paths
 from torch import Tensor
 
 from ...ssr_core import FileError
+from ...ssr_core.atomic import in_scratch
 from .names import convert_names
 
 
 def lora_files() -> list[str]:
-    """LoRA files as ComfyUI lists them."""
-    return list(folder_paths.get_filename_list("loras"))
+    """LoRA files as ComfyUI lists them, without those that are being written."""
+    return [name for name in folder_paths.get_filename_list("loras") if not in_scratch(PurePath(name))]
 
 
 def lora_path(name: str) -> Path:

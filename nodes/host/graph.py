@@ -12,6 +12,7 @@ import folder_paths
 import nodes as comfy_nodes
 
 from ...ssr_core import FileError, IncompatibleError, pack_path
+from .device import is_out_of_memory
 
 Graph = Mapping[str, Mapping[str, Any]]
 """ComfyUI's API format: node id -> class_type and inputs."""
@@ -89,6 +90,8 @@ def _run(kind: str, inputs: Mapping[str, Any]) -> Sequence[Any]:
             f"{kind} does not find its file ({err}).", file=_files(inputs), remedy="correct the name in model."
         ) from err
     except (RuntimeError, ValueError) as err:  # what ComfyUI's loaders raise for files that they do not know
+        if is_out_of_memory(err):
+            raise
         raise FileError(
             f"{kind} cannot load it ({_first_line(err)}).",
             file=_files(inputs),

@@ -7,14 +7,14 @@ import stat
 import subprocess
 import sys
 import time
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pytest
 import torch
 from recording import identity_of, recorded_tasks
 
 from ssr_core import CleanRule, FileError, InputFactor, RecordLibrary, RecordOptions, Target, atomic_path, clean
-from ssr_core.atomic import STALE_SECONDS, stale_scratch
+from ssr_core.atomic import STALE_SECONDS, in_scratch, stale_scratch
 
 ROOT = Path(__file__).resolve().parents[2]
 FACTOR = InputFactor(torch.ones(64, 8).half(), torch.ones(8), 2, 10.0, 10.0)
@@ -128,16 +128,34 @@ def test_a_killed_process_leaves_no_half_record_and_what_it_leaves_is_cleaned(tm
     assert not left.exists() and len(library.listing()) == earlier == len(list(tmp_path.iterdir()))
 
 
-def test_folders_of_others_are_no_leftovers(tmp_path):
+def test_folders_of_others_are_no_leftovers(tmp_path, monkeypatch):
     long_ago = time.time() - STALE_SECONDS - 10
     for name in (".git", ".x.0123abcd.tmp", "x.0123abcd.ssrtmp", ".x.0123abcg.ssrtmp", ".x.ssrtmp"):
         (tmp_path / name).mkdir()
         os.utime(tmp_path / name, (long_ago, long_ago))
+    file, private = tmp_path / ".x.0123abce.ssrtmp", tmp_path / ".x.0123abcf.ssrtmp"
+    file.write_text("no folder")
+    private.mkdir(mode=0)
+    listed = Path.iterdir
+
+    def iterdir(path):  # also where tests are run by somebody who may read everything
+        if path == private:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
     assert stale_scratch(tmp_path) == []
     ours = tmp_path / ".x.0123abcd.ssrtmp"
     ours.mkdir()
     os.utime(ours, (long_ago, long_ago))
     assert [path for path, _, _ in stale_scratch(tmp_path)] == [ours]
+
+
+def test_files_that_are_being_written_are_told_from_others(tmp_path):
+    with atomic_path(tmp_path / "sub" / "one.safetensors") as temporary:
+        assert in_scratch(temporary) and in_scratch(temporary.relative_to(tmp_path))
+    for name in ("one.safetensors", "sub/one.safetensors", ".x/one.safetensors", "sub/.x.0123abcd.ssrtmp"):
+        assert not in_scratch(PurePath(name))
 
 
 def test_a_writer_whose_scratch_was_cleaned_fails_with_words(tmp_path):

@@ -139,6 +139,14 @@ def test_rows_without_a_held_out_error_are_not_ranked_against_others():
     assert f"You use ssr ridge=0 (no held-out error); sum has {total.held_error:.3f}: set choose to 2" in text
 
 
+def test_the_table_says_how_many_layers_held_out_errors_are_about():
+    rows = (Row("a", "a", 0.3, 0.4), Row("b", "b", 0.2, 0.5))
+    assert "of 3 layers. Held-out errors are about 2 of them." in Comparison(("x",), rows, 3, 3, 2).to_markdown(1)
+    for rest in ((rows, 3, 3, 3), ((Row("a", "a", 0.3),), 3, 3, 0)):
+        assert "Held-out errors are about" not in Comparison(("x",), *rest).to_markdown(0)
+    assert compare(TASKS, ["sum"], CALIBRATION).judged == 1
+
+
 def test_without_statistics_nothing_can_be_told_apart():
     alone = [TASKS[0], task("other", {}, prompts=("y",))]
     calibration = calibrated(linear64(IN, OUT), [TASKS[0]], [[TOKENS[0]]])

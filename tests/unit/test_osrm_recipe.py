@@ -56,6 +56,8 @@ def test_every_option_arrives(tmp_path):
         ({**REFIT, "osrm_refit": {"mode": "project", "strength": 2}}, "strength 2"),
         ({**REFIT, "method": "ssr"}, "method is no known key"),
         ({**REFIT, "calibration": {"settings": {"joint_prompts": ["x"]}}}, "settings.joint_prompts is no known key"),
+        ({**REFIT, "calibration": {"settings": {"runs": []}}}, "settings.runs is no known key"),
+        ({**INIT, "calibration": {"settings": {"records": {}}}}, "settings.records is no known key"),
         ({**INIT, "calibration": {"file": "a.calibration.safetensors"}}, "calibration.file is no known key"),
         ({**REFIT, "model": {"unet": "a", "checkpoint": "b"}}, "give checkpoint, or unet, or graph"),
     ],

@@ -18,9 +18,11 @@ from ssr_core import (
     SSRMerge,
     combine,
     from_records,
+    keep,
     merge,
     merge_metadata,
     parse_recipe,
+    parse_scenes,
 )
 
 
@@ -82,6 +84,13 @@ def test_one_run_that_was_reweighted_and_sums_of_sums_are_runs(tmp_path):
     nested = recipe_of(tasks, combine([combine(runs[:2], [1.0, 3.0]), runs[2]], [0.5, 1.0]))[2]
     assert sorted((run.settings["seed"], run.weight) for run in nested.runs) == [(0, 0.5), (1, 1.5), (2, 1.0)]
     assert recipe_of(tasks, runs[0])[2].runs == ()
+
+
+def test_what_a_run_does_not_say_is_as_in_the_nodes_but_in_files_of_the_first_release():
+    run = {"settings": {"seed": 1}, "prompts": [["0", ["a"]]], "weight": 1.0}
+    value = {"sources": [{"name": "a", "sha256": "0"}], "calibration": {"settings": {"runs": [run]}}}
+    (asked,), (then,) = (parse_recipe(value, "m", recorded=recorded).runs for recorded in (False, True))
+    assert asked.settings == {"seed": 1} and then.settings == {"seed": 1, "sampled_tokens": 0}
 
 
 def test_some_loras_of_a_sum_in_another_order_keep_their_prompts():
@@ -193,6 +202,24 @@ def test_joint_prompts_of_a_run_need_its_loras_in_their_order():
     assert found == {0: None, 1: ["[1, 2] two"]}
     value["sources"].reverse()
     refused(value, "stood in another order")
+
+
+def test_joint_prompts_of_a_run_keep_their_loras_where_a_sum_puts_these_in_another_order():
+    """The numbers that a person wrote are about the order of then, and of LoRAs of which some may be gone."""
+    tasks, parts = recorded_tasks(3), []
+    contents = [one.adapter.fingerprint for one in tasks]
+    for seed, (order, line) in enumerate((((2, 0, 1), "[2, 3] two"), ((0, 1, 2), "[lora0, lora1] two"))):
+        mine = [tasks[index] for index in order]
+        settings = {"seed": seed, "sampled_tokens": 0, "joint_prompts": [line], "neutral_prompts": []}
+        one = replace(run_of(mine, [("a",)] * 3, settings), stats={}, stack_tasks={}, signatures={})
+        parts.append(replace(one, scenes=parse_scenes([line], [], [one.name for one in mine])))
+    for whole, left in ((combine(parts), contents), (combine([keep(parts[1], [2, 1])]), contents[:0:-1])):
+        assert sorted(record.fingerprint for record in whole.tasks) == sorted(left)
+        names = [record.name for record in whole.tasks]
+        for run in whole.settings["runs"]:
+            lines = run["settings"]["joint_prompts"], run["settings"]["neutral_prompts"]
+            assert parse_scenes(*lines, names) == whole.scenes
+            assert not whole.scenes or run["order"] == [record.fingerprint for record in whole.tasks]
 
 
 def test_a_latent_with_content_is_refused_in_any_run():
