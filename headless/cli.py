@@ -40,7 +40,6 @@ EXAMPLE = {
     "method": "ssr",
     "parameters": {"ridge": 0.01},
     "calibration": {"settings": {"seed": 0, "steps": 4, "width": 512, "height": 512}},
-    "compress": {"limit": "share", "value": 0.5},
     "key_style": "comfy",
 }
 
