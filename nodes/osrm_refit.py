@@ -20,6 +20,7 @@ from ..ssr_core import (
     tensors_hash,
     whole_module,
 )
+from ..ssr_core.advice import silent_warnings
 from . import host
 from .entries import LoRAEntries
 from .input_passes import gather
@@ -110,13 +111,16 @@ def _file_of(loaded: Loaded, index: int, adapter: Adapter) -> dict[str, Tensor]:
 
 def _remarks(loaded: Loaded) -> list[str]:
     """What a refit leaves alone or leaves out, LoRA by LoRA."""
-    lines = [
+    tasks = loaded.tasks
+    silent = silent_warnings([task.name for task in tasks], [task.prompts for task in tasks])
+    lines = [f"Warning: {sentence}" for sentence in silent]
+    lines += [
         f"Warning: {a.name} and {b.name} have the same prompts: what is taken from their interference is taken from "
         "their own function as well."
-        for a, b in combinations(loaded.tasks, 2)
+        for a, b in combinations(tasks, 2)
         if a.prompts == b.prompts
     ]
-    for task in loaded.tasks:
+    for task in tasks:
         carried = _carried(task.adapter)
         if carried:
             lines.append(f"{task.name}: {len(carried)} keys are handed on as they are, e.g. {carried[0]}.")

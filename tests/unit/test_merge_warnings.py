@@ -4,6 +4,7 @@ import pytest
 from helpers import LAYER, calibrated, conflicting_tasks, linear64, lora, task, task_tokens
 
 from ssr_core import Calibration, GramStats, PaperMerge, SSRMerge, SumMerge, Task, merge, prompt_warnings
+from ssr_core.advice import silent_warnings
 
 OUT, IN, RANK = 7, 10, 3
 
@@ -48,6 +49,8 @@ def test_prompt_warnings_by_name():
     found = prompt_warnings(["x", "y", "z"], [["", ""], ["p", "q"], ["p ", " q"]])
     assert len(found) == 2 and found[0].startswith("x has no calibration prompt") and found[1].startswith("y and z")
     assert prompt_warnings(["x", "y"], [["p"], ["p", "q"]]) == []
+    assert silent_warnings(["x", "y", "z"], [[" ", "p"], [" "], []])[0].startswith("y and z have no calibration")
+    assert silent_warnings(["x"], [["p"]]) == []
     (one,) = prompt_warnings(list("vwxyz"), [["p"]] * 5)  # one sentence, not one for each pair
     assert one.startswith("v, w, x, y and z have the same prompt")
 
