@@ -167,9 +167,15 @@ def _same_prompts(a: Task, b: Task) -> bool:
 
 def notes_for(tasks: Sequence[Task], calibration: Calibration | None) -> list[str]:
     """Facts worth knowing that need no action."""
-    if calibration is None:
-        return []
+    active = [task.name for task in tasks if task.active]
     notes = []
+    if len(active) == 1:
+        notes.append(
+            f"{active[0]} alone is active: there is nothing to merge it with, and it is passed through as it is, at its "
+            "strengths."
+        )
+    if calibration is None:
+        return notes
     matched = calibration.match_active(tasks)
     for task, index in zip(tasks, matched, strict=True):
         if index < 0:

@@ -1,6 +1,7 @@
 """Degraded merges say so, in words that name the LoRAs; good ones stay silent."""
 
 import pytest
+import torch
 from helpers import LAYER, calibrated, conflicting_tasks, linear64, lora, task, task_tokens
 
 from ssr_core import Calibration, GramStats, PaperMerge, SSRMerge, SumMerge, Task, merge, prompt_warnings
@@ -39,6 +40,17 @@ def test_empty_and_equal_prompts(method):
 def test_methods_without_routing_do_not_ask_for_prompts():
     tasks = [Task(t.adapter) for t in conflicting_tasks(2, OUT, IN, RANK)]
     assert merge(tasks, SumMerge()).report.warnings == ()
+
+
+def test_a_lora_that_is_alone_is_a_note_and_is_what_comes_out():
+    first, second = conflicting_tasks(2, OUT, IN, RANK)
+    off = Task(second.adapter, 0.0, 0.0)
+    for tasks in ([first], [first, off]):
+        result = merge(tasks, SSRMerge())
+        (note,) = result.report.notes
+        assert note.startswith("task0 alone is active")
+        torch.testing.assert_close(result.layers[LAYER].delta(), first.adapter.layers[LAYER].delta())
+    assert merge([first, second], SumMerge()).report.notes == ()
 
 
 def test_a_single_lora_needs_no_prompt():
