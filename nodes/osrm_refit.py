@@ -21,11 +21,13 @@ from ..ssr_core import (
     whole_module,
 )
 from ..ssr_core.advice import silent_warnings
+from ..ssr_core.metadata import refit_metadata
 from . import host
 from .entries import LoRAEntries
 from .input_passes import gather
 from .loading import Loaded, load
 from .options import CalibrationOptions
+from .saving import DescribedLoRA
 
 
 class Refitted(NamedTuple):
@@ -33,13 +35,13 @@ class Refitted(NamedTuple):
 
     Attributes:
         entries: For SSR Merge or a further SSR LoRA; without those of strength 0.
-        tensors: Each LoRA as core's LORA_MODEL.
+        tensors: Each LoRA as core's LORA_MODEL; its file says which it is and what was done.
         report: In words.
         acting: For each LoRA that was given, whether it is among these.
     """
 
     entries: LoRAEntries
-    tensors: list[dict[str, Tensor]]
+    tensors: list[DescribedLoRA]
     report: str
     acting: tuple[bool, ...]
 
@@ -85,7 +87,10 @@ def refit(
         device=host.compute_device(model),
         tick=lambda done, total: progress.at(begin + (1 - begin) * done / max(1, total)),
     )
-    tensors = [_file_of(loaded, index, adapter) for index, adapter in enumerate(result.adapters)]
+    tensors = [
+        DescribedLoRA(_file_of(loaded, index, adapter), _about(loaded, index, options, moments))
+        for index, adapter in enumerate(result.adapters)
+    ]
     entries = tuple(
         replace(entry, name=f"{entry.name} (refit)", sha256=tensors_hash(one), file=None, tensors=one)
         for entry, one in zip(loaded.entries, tensors, strict=True)
@@ -107,6 +112,13 @@ def _carried(adapter: Adapter) -> list[str]:
 def _file_of(loaded: Loaded, index: int, adapter: Adapter) -> dict[str, Tensor]:
     made = change_tensors(adapter.layers, adapter.vectors, loaded.key_map)
     return {**{key: loaded.tensors[index][key] for key in _carried(adapter)}, **made}
+
+
+def _about(loaded: Loaded, index: int, options: RefitOptions, moments: MomentOptions) -> dict[str, str]:
+    """Metadata of one refit LoRA."""
+    entry, task = loaded.entries[index], loaded.tasks[index]
+    others = [one.name for number, one in enumerate(loaded.entries) if number != index]
+    return refit_metadata(entry.name, entry.sha256, task.prompts, others, options, moments)
 
 
 def _remarks(loaded: Loaded) -> list[str]:
