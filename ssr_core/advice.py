@@ -171,8 +171,8 @@ def notes_for(tasks: Sequence[Task], calibration: Calibration | None) -> list[st
     notes = []
     if len(active) == 1:
         notes.append(
-            f"{active[0]} alone is active: there is nothing to merge it with, and it is passed through as it is, at its "
-            "strengths."
+            f"{active[0]} alone is active: there is nothing to merge it with, and it is passed through as it is, at "
+            "its strengths."
         )
     if calibration is None:
         return notes

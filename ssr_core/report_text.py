@@ -95,7 +95,8 @@ def _errors(report: MergeReport) -> list[str]:
 
 
 def _row(report: MergeReport, held_out: bool, task: int | None) -> list[str]:
-    return [number(report.reconstruction_error(name, held_out=held_out, task=task)) for name in ("result", *(name for _, name in _COLUMNS))]
+    names = ("result", *(name for _, name in _COLUMNS))
+    return [number(report.reconstruction_error(name, held_out=held_out, task=task)) for name in names]
 
 
 def _crosstalk(report: MergeReport) -> list[str]:
