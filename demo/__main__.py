@@ -115,13 +115,14 @@ def main() -> None:
     for name, theme in THEMES.items():
         side_by_side(report_pages(best.report, theme)).save(OUTPUT / f"report_{name}.png", optimize=True)
     comparison = compare(tasks, METHOD_LINES, calibration)
-    chosen = comparison.best
+    chosen = METHOD_LINES.index("ssr")  # that of merged.safetensors and the report
     (OUTPUT / "compare.md").write_text(comparison.to_markdown(chosen), encoding="utf-8")
     draw_comparison(comparison, THEMES["light"], chosen).save(OUTPUT / "compare.png", optimize=True)
 
     print(f"Merged {len(tasks)} LoRAs ({', '.join(DIALECTS)} keys) on a small stub transformer in {seconds:.1f} s.")
     print(_held_out_text(errors).replace("## Held-out noise\n\n", ""))
-    print(f"See {OUTPUT}/report_light.png, report.md, report.json, compare.md, compare.png and merged.safetensors.")
+    pictures = ", ".join(f"report_{name}.png" for name in THEMES)
+    print(f"See in {OUTPUT}: {pictures}, report.md, report.json, compare.md, compare.png and merged.safetensors.")
 
 
 def _run(model: StubTransformer, prompt: str, seed: int) -> None:

@@ -29,6 +29,7 @@ examples:
 
 docs/headless.md describes recipes; docs/recipe.schema.json is their schema."""
 
+_NO_CLIP = "A recipe names clip and clip_type in model, or give --clip and --clip-type."
 _OTHER = "choose another --output."
 
 EXAMPLE = {
@@ -40,7 +41,6 @@ EXAMPLE = {
     "method": "ssr",
     "parameters": {"ridge": 0.01},
     "calibration": {"settings": {"seed": 0, "steps": 4, "width": 512, "height": 512}},
-    "compress": {"limit": "share", "value": 0.5},
     "key_style": "comfy",
 }
 
@@ -156,6 +156,7 @@ def _say(text: str) -> None:
 
 def _run(given: argparse.Namespace, host_options: Sequence[str]) -> int:
     from ..ssr_core import FileError, OSRMRecipe, SSRMergeError, check_graph, joined, read_any
+    from ..ssr_core.errors import ClipMissingError
     from . import installation
 
     first = os.environ.get("RANK", "0") == "0"
@@ -209,7 +210,7 @@ def _run(given: argparse.Namespace, host_options: Sequence[str]) -> int:
         if again and paths:
             _compare(given, paths[0])
     except SSRMergeError as err:
-        _say(str(err))
+        _say(f"{err} {_NO_CLIP}" if isinstance(err, ClipMissingError) else str(err))
         return FAILED
     return OK
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from ..ssr_core import FileError
+from ..ssr_core import FileError, IncompatibleError
 
 PACK = Path(__file__).resolve().parent.parent
 
@@ -35,6 +35,9 @@ def start(checkout: Path, options: Sequence[str]) -> ModuleType:
 
     Returns:
         The module that did, with `show_progress`.
+
+    Raises:
+        IncompatibleError: ComfyUI finds no device to compute on.
     """
     path = PACK / "nodes" / "host" / "start.py"
     # By path: its package imports ComfyUI as it is imported itself, which is not possible yet.
@@ -43,4 +46,10 @@ def start(checkout: Path, options: Sequence[str]) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.start(checkout, options)
+    reason = module.why_no_device()
+    if reason:
+        raise IncompatibleError(
+            f"ComfyUI finds no device to compute on: {' '.join(reason.split())}.",
+            remedy="end the command with -- --cpu to compute without a GPU, or install a torch for your GPU.",
+        )
     return module

@@ -16,7 +16,7 @@ def features_input(default: Features) -> io.Combo.Input:
         options=list(FEATURES),
         default=default,
         tooltip="What counts as a task's input: means (as in the paper) takes the mean over the tokens of each pass, "
-        "tokens takes every token. Means of few prompts say little about single tokens.",
+        "tokens takes every token. With few prompts and steps there are few means: take tokens then.",
     )
 
 

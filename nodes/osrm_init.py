@@ -24,6 +24,7 @@ from ..ssr_core import (
     osrm_init,
     write_safetensors,
 )
+from ..ssr_core.errors import ClipMissingError
 from ..ssr_core.files import json_text
 from ..ssr_core.metadata import START
 from . import host, paths
@@ -48,7 +49,7 @@ def other_tasks(prompts: str, conditionings: Sequence[list[Any]], clip: Any | No
     entries = []
     if prompts.strip():
         if clip is None:
-            raise CalibrationError("prompts need a CLIP.", remedy="connect CLIP, or CONDITIONINGs instead of prompts.")
+            raise ClipMissingError("prompts need a CLIP.", remedy="connect CLIP, or CONDITIONINGs instead of prompts.")
         entries.append(LoRAEntry("the prompts", "", 1.0, 1.0, prompt_lines(prompts)))
     for number, one in enumerate(conditionings, 1):
         entries.append(LoRAEntry(f"conditioning {number}", "", 1.0, 1.0, ("",), one))

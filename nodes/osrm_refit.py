@@ -20,11 +20,14 @@ from ..ssr_core import (
     tensors_hash,
     whole_module,
 )
+from ..ssr_core.advice import silent_warnings
+from ..ssr_core.metadata import refit_metadata
 from . import host
 from .entries import LoRAEntries
 from .input_passes import gather
 from .loading import Loaded, load
 from .options import CalibrationOptions
+from .saving import DescribedLoRA
 
 
 class Refitted(NamedTuple):
@@ -32,13 +35,13 @@ class Refitted(NamedTuple):
 
     Attributes:
         entries: For SSR Merge or a further SSR LoRA; without those of strength 0.
-        tensors: Each LoRA as core's LORA_MODEL.
+        tensors: Each LoRA as core's LORA_MODEL; its file says which it is and what was done.
         report: In words.
         acting: For each LoRA that was given, whether it is among these.
     """
 
     entries: LoRAEntries
-    tensors: list[dict[str, Tensor]]
+    tensors: list[DescribedLoRA]
     report: str
     acting: tuple[bool, ...]
 
@@ -84,7 +87,10 @@ def refit(
         device=host.compute_device(model),
         tick=lambda done, total: progress.at(begin + (1 - begin) * done / max(1, total)),
     )
-    tensors = [_file_of(loaded, index, adapter) for index, adapter in enumerate(result.adapters)]
+    tensors = [
+        DescribedLoRA(_file_of(loaded, index, adapter), _about(loaded, index, options, moments))
+        for index, adapter in enumerate(result.adapters)
+    ]
     entries = tuple(
         replace(entry, name=f"{entry.name} (refit)", sha256=tensors_hash(one), file=None, tensors=one)
         for entry, one in zip(loaded.entries, tensors, strict=True)
@@ -108,15 +114,25 @@ def _file_of(loaded: Loaded, index: int, adapter: Adapter) -> dict[str, Tensor]:
     return {**{key: loaded.tensors[index][key] for key in _carried(adapter)}, **made}
 
 
+def _about(loaded: Loaded, index: int, options: RefitOptions, moments: MomentOptions) -> dict[str, str]:
+    """Metadata of one refit LoRA."""
+    entry, task = loaded.entries[index], loaded.tasks[index]
+    others = [one.name for number, one in enumerate(loaded.entries) if number != index]
+    return refit_metadata(entry.name, entry.sha256, task.prompts, others, options, moments)
+
+
 def _remarks(loaded: Loaded) -> list[str]:
     """What a refit leaves alone or leaves out, LoRA by LoRA."""
-    lines = [
+    tasks = loaded.tasks
+    silent = silent_warnings([task.name for task in tasks], [task.prompts for task in tasks])
+    lines = [f"Warning: {sentence}" for sentence in silent]
+    lines += [
         f"Warning: {a.name} and {b.name} have the same prompts: what is taken from their interference is taken from "
         "their own function as well."
-        for a, b in combinations(loaded.tasks, 2)
+        for a, b in combinations(tasks, 2)
         if a.prompts == b.prompts
     ]
-    for task in loaded.tasks:
+    for task in tasks:
         carried = _carried(task.adapter)
         if carried:
             lines.append(f"{task.name}: {len(carried)} keys are handed on as they are, e.g. {carried[0]}.")

@@ -12,7 +12,6 @@ from torch import Tensor
 from ..ssr_core import (
     HELD_OUT,
     Calibration,
-    CalibrationError,
     Calibrator,
     LayerStack,
     MemoryBudgetError,
@@ -25,6 +24,7 @@ from ..ssr_core import (
     memory_need,
     parse_scenes,
 )
+from ..ssr_core.errors import ClipMissingError
 from . import host
 from .entries import LoRAEntry
 from .loading import Loaded, acting_on
@@ -72,7 +72,7 @@ def calibrate(
     if shared:
         if scenes and clip is None:
             first = scenes[0]
-            raise CalibrationError(f"the {first.label} {first.prompt!r} needs a CLIP.", remedy="connect CLIP.")
+            raise ClipMissingError(f"the {first.label} {first.prompt!r} needs a CLIP.", remedy="connect CLIP.")
         counts = [count_passes(entry) for entry in loaded.entries] + [1] * len(scenes)
         shares = ranks.shares(counts, whole=options.sample is not None)
         passes = Passes(loaded, model, clip, options, progress, shares, scenes)
@@ -160,11 +160,8 @@ class Passes:
                 encoded = self._encode((index,), prompts, stack.enter_context(clip_calibrator.task(index)))
                 ready = ready or encoded
             elif given is None:
-                raise CalibrationError(
-                    "its prompts need a CLIP.",
-                    file=entry.name,
-                    remedy="connect CLIP, or a CONDITIONING to SSR LoRA; a recipe names clip and clip_type in model.",
-                )
+                remedy = "connect CLIP, or a CONDITIONING to SSR LoRA."
+                raise ClipMissingError("its prompts need a CLIP.", file=entry.name, remedy=remedy)
             self._sample(index, (index,), ready, stack.enter_context(model_calibrator.task(index)))
 
     def run_scene(self, number: int, model_calibrator: Calibrator, clip_calibrator: Calibrator) -> None:

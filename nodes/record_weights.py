@@ -12,6 +12,8 @@ from .loading import Loaded
 from .options import CalibrationOptions
 from .recording import Recorded
 
+_REMEDY = "write one number of 0 or more for each prompt, like 1 0.5, not all 0."
+
 
 def parse_prompt_weights(text: str, loaded: Loaded) -> list[list[float]]:
     """One line for each LoRA: a weight for each of its prompts; an empty text is 1 for all.
@@ -26,20 +28,18 @@ def parse_prompt_weights(text: str, loaded: Loaded) -> list[list[float]]:
         return [[1.0] * count for count in counts]
     if len(lines) != len(counts):
         raise IncompatibleError(
-            f"{len(lines)} lines of prompt weights for {len(counts)} LoRAs.", remedy="write one line for each LoRA."
+            f"lines of prompt weights: {len(lines)}, LoRAs: {len(counts)}.", remedy="write one line for each LoRA."
         )
     found = []
     for line, count, entry in zip(lines, counts, loaded.entries, strict=True):
         try:
             weights = [float(word) for word in line.replace(",", " ").split()]
         except ValueError as err:
-            raise IncompatibleError(f"{line!r} are no weights.", file=entry.name) from err
+            raise IncompatibleError(f"{line!r} are no weights.", file=entry.name, remedy=_REMEDY) from err
         usable = all(0 <= one < float("inf") for one in weights) and any(weights)
         if len(weights) != count or not usable:
             raise IncompatibleError(
-                f"{line!r} are no weights of its {count} prompts.",
-                file=entry.name,
-                remedy="write one number of 0 or more for each prompt, not all 0.",
+                f"{line!r} are no weights of its prompts, which number {count}.", file=entry.name, remedy=_REMEDY
             )
         found.append(weights)
     return found

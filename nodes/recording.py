@@ -130,9 +130,9 @@ def obtain(
     files = [where.find(unit.identity, least, exactly=options.exactly) for unit in units]
     absent = [unit for unit, file in zip(units, files, strict=True) if file is None]
     if absent and options.missing == "refuse":
-        first = absent[0]
+        first, count = absent[0], "1 pass has" if len(absent) == 1 else f"{len(absent)} passes have"
         raise CalibrationError(
-            f"{len(absent)} passes have no record; {where.nearest(first.identity)}.",
+            f"{count} no record; {where.nearest(first.identity)}.",
             file=first.entry.name,
             remedy="use the settings of the records, or set missing to record.",
         )

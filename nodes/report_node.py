@@ -117,4 +117,4 @@ def _of_calibration(calibration: pipeline.CalibrationSocket, model: Any, clip: A
         unsupported="pass_through",
         tick=lambda done, total: progress.at(done / max(1, total)),
     ).report
-    return replace(report, notes=(FORECAST, *report.notes))
+    return replace(report, notes=(FORECAST, *report.notes), forecast=True)

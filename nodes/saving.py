@@ -30,6 +30,14 @@ TOLERANCE = 2
 REPORT_SUFFIX = ".report.json"
 
 
+class DescribedLoRA(dict[str, Tensor]):
+    """Core's LORA_MODEL (a plain dict of tensors) that is no merge, with the metadata of its file."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        super().__init__(tensors)
+        self.metadata = metadata
+
+
 def save_lora(
     lora: Mapping[str, Tensor],
     path: Path,
@@ -41,7 +49,8 @@ def save_lora(
     """Write a LORA_MODEL to a new file.
 
     Args:
-        lora: A merge of this pack, or any LORA_MODEL (written as it is, in its own key style).
+        lora: A merge of this pack, or any LORA_MODEL (written as it is, in its own key style; with its metadata, if
+            it is a `DescribedLoRA`).
         path: The file to make.
         style: Key style of a merge.
         model: How the MODEL was loaded, as recipes say it; None where that is not known.
@@ -55,11 +64,12 @@ def save_lora(
     if not isinstance(lora, MergedLoRA):
         if style != "comfy":
             raise IncompatibleError(
-                f"this LORA_MODEL does not come from SSR-Merge and cannot be rewritten in the style {style}.",
+                f"this LORA_MODEL is no merge of SSR-Merge and cannot be rewritten in the style {style}.",
                 remedy="choose comfy, which writes it as it is.",
             )
         with atomic_path(path, overwrite) as temporary:
-            write_safetensors(temporary, lora, {"format": "pt"})
+            metadata = lora.metadata if isinstance(lora, DescribedLoRA) else {"format": "pt"}
+            write_safetensors(temporary, lora, metadata)
         return
     origin = lora.origin
     tensors = to_tensors(origin.result, origin.key_map, style)

@@ -96,7 +96,7 @@ class SSRSaveLoRA(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 LORA_MODEL.Input(
-                    "lora", tooltip="From SSR Merge or SSR Solve; other LORA_MODELs are written as they are."
+                    "lora", tooltip="From a merge or OSRM Refit; other LORA_MODELs are written as they are."
                 ),
                 io.String.Input(
                     "filename_prefix",

@@ -32,25 +32,37 @@ def prompt_warnings(names: Sequence[str], prompts: Sequence[Sequence[str]]) -> l
         names: The LoRAs.
         prompts: Their prompts.
     """
+    warnings = silent_warnings(names, prompts)
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, own in zip(names, prompts, strict=True):
         stripped = tuple(prompt.strip() for prompt in own)
-        groups.setdefault(stripped if any(stripped) else (), []).append(name)
-    warnings = []
-    silent = groups.pop((), [])
-    if silent:
-        warnings.append(
-            f"{_listed(silent)} {'has' if len(silent) == 1 else 'have'} no calibration prompt. Write what "
-            f"{'it' if len(silent) == 1 else 'each'} was trained on, with its trigger word; prompts that differ are "
-            "what the router learns from."
-        )
+        if any(stripped):
+            groups.setdefault(stripped, []).append(name)
     for same in groups.values():
         if len(same) > 1:
             warnings.append(
-                f"{_listed(same)} have the same prompt: the router has little to tell them apart by, and averages "
-                "them where their signals are equal. Name in each prompt what only that LoRA shows."
+                f"{_listed(same)} have the same prompt: their signals differ only by what each LoRA itself changes in "
+                "the model, which does not tell the router whose turn it is under a prompt of yours; where their "
+                "signals are equal it averages them. Name in each prompt what only that LoRA shows."
             )
     return warnings
+
+
+def silent_warnings(names: Sequence[str], prompts: Sequence[Sequence[str]]) -> list[str]:
+    """One sentence about the LoRAs whose prompts are all empty; none where there are none.
+
+    Args:
+        names: The LoRAs.
+        prompts: Their prompts.
+    """
+    silent = [name for name, own in zip(names, prompts, strict=True) if not any(prompt.strip() for prompt in own)]
+    if not silent:
+        return []
+    return [
+        f"{_listed(silent)} {'has' if len(silent) == 1 else 'have'} no calibration prompt. Write what "
+        f"{'it' if len(silent) == 1 else 'each'} was trained on, with its trigger word; prompts that differ are what "
+        "LoRAs are told apart by."
+    ]
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -155,9 +167,15 @@ def _same_prompts(a: Task, b: Task) -> bool:
 
 def notes_for(tasks: Sequence[Task], calibration: Calibration | None) -> list[str]:
     """Facts worth knowing that need no action."""
-    if calibration is None:
-        return []
+    active = [task.name for task in tasks if task.active]
     notes = []
+    if len(active) == 1:
+        notes.append(
+            f"{active[0]} alone is active: there is nothing to merge it with, and it is passed through as it is, at "
+            "its strengths."
+        )
+    if calibration is None:
+        return notes
     matched = calibration.match_active(tasks)
     for task, index in zip(tasks, matched, strict=True):
         if index < 0:

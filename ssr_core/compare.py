@@ -13,7 +13,7 @@ from .calibration import Calibration
 from .errors import IncompatibleError, SolveError
 from .layer_report import LayerReport
 from .merge import Unsupported, describe, merge
-from .method_lines import parse_method
+from .method_lines import NoMergeError, parse_lines
 from .report import MergeReport
 from .report_text import number, table
 from .stacks import Task
@@ -180,17 +180,18 @@ def compare(
         tick: Called with (methods done, methods in all); may raise to cancel.
 
     Raises:
-        IncompatibleError: There are no lines.
+        IncompatibleError: There are no lines, or one of them means nothing; before anything is solved.
     """
     if not lines:
         raise IncompatibleError("there is nothing to compare.", remedy="write one method a line, e.g. ssr and sum.")
     rows: list[Row] = []
     reports: dict[int, MergeReport] = {}
-    for index, line in enumerate(lines):
+    for index, (line, method) in enumerate(zip(lines, parse_lines(lines), strict=True)):
         tick(index, len(lines))
         begin = time.perf_counter()
         try:
-            method = parse_method(line)
+            if isinstance(method, NoMergeError):
+                raise method
             report = merge(tasks, method, calibration, device=device, unsupported=unsupported).report
         except (IncompatibleError, SolveError) as err:
             rows.append(Row(line, refused=" ".join(part for part in (_sentence(err.what), err.remedy) if part)))

@@ -39,6 +39,10 @@ class CalibrationError(SSRMergeError):
     """A calibration pass failed or saw nothing."""
 
 
+class ClipMissingError(CalibrationError):
+    """Prompts have no text encoder; what names one depends on who asks."""
+
+
 class SolveError(SSRMergeError):
     """A layer's least-squares problem has no finite solution."""
 

@@ -12,11 +12,14 @@ from .errors import FileError
 from .files import json_text
 from .merge import describe
 from .methods import MergeMethod
+from .moments import MomentOptions
+from .osrm_layer import RefitOptions
 from .scenes import scenes_of, settings_with_scenes
 from .stacks import Task
 from .version import VERSION
 
 KEY = "ssr_merge"
+REFIT_KEY = "ssr_osrm_refit"
 START = "osrm_init"
 """What stands for the method in the metadata of a start for training."""
 
@@ -86,6 +89,34 @@ def _calibrated_at(calibration: Calibration | None, record: int) -> list[float] 
     if calibration is None or record < 0:
         return None
     return [calibration.tasks[record].strength_model, calibration.tasks[record].strength_clip]
+
+
+def refit_metadata(
+    name: str, sha256: str, prompts: Sequence[str], others: Sequence[str], options: RefitOptions, moments: MomentOptions
+) -> dict[str, str]:
+    """String metadata of a LoRA that OSRM Refit changed: which one, and how. No recipe, so not under `KEY`.
+
+    Args:
+        name: The LoRA that was refit.
+        sha256: Its content before.
+        prompts: Its own prompts.
+        others: Names of the LoRAs whose prompts it was kept away from.
+        options: How it was refit.
+        moments: What was kept of a layer's inputs.
+    """
+    done = {
+        "version": VERSION,
+        "source": {"name": name, "sha256": sha256, "prompts": list(prompts)},
+        "others": list(others),
+        **asdict(options),
+        "moments": asdict(moments),
+    }
+    return {
+        "format": "pt",
+        REFIT_KEY: json_text(done),
+        "modelspec.title": f"{name} (refit)",
+        "modelspec.description": f"SSR-Merge {VERSION}, OSRM Refit, mode {options.mode}",
+    }
 
 
 def with_recipe(metadata: Mapping[str, str], more: Mapping[str, object]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 
 from .errors import IncompatibleError
@@ -15,6 +16,30 @@ OSRM_REASON = (
 )
 
 
+class NoMergeError(IncompatibleError):
+    """A line names something that is no merge, and is explained."""
+
+
+def parse_lines(lines: Sequence[str]) -> list[MergeMethod | NoMergeError]:
+    """Read all lines (`parse_method`); in place of one that is no merge, its explanation.
+
+    Args:
+        lines: A method each.
+
+    Raises:
+        IncompatibleError: A line means nothing; the error names it and what the method takes.
+    """
+    found: list[MergeMethod | NoMergeError] = []
+    for line in lines:
+        try:
+            found.append(parse_method(line))
+        except NoMergeError as err:
+            found.append(err)
+        except IncompatibleError as err:
+            raise IncompatibleError(f"the line {line!r} of methods: {err.what}", remedy=err.remedy) from err
+    return found
+
+
 def parse_method(line: str) -> MergeMethod:
     """Read a line such as `ssr ridge=0.1 anchor=average` or `np_lora mu=1`.
 
@@ -22,12 +47,13 @@ def parse_method(line: str) -> MergeMethod:
         line: A method's name, then any of its parameters as name=value; lists with commas.
 
     Raises:
+        NoMergeError: It names OSRM Refit.
         IncompatibleError: There is no such method or parameter, or the value makes no sense.
     """
     words = line.split()
     name = words[0].lower() if words else ""
     if name.startswith("osrm"):
-        raise IncompatibleError(OSRM_REASON)
+        raise NoMergeError(OSRM_REASON)
     if name not in METHODS:
         raise IncompatibleError(f"there is no method {name!r}.", remedy=f"use one of {', '.join(METHODS)}.")
     kind = METHODS[name]

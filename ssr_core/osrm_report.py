@@ -44,7 +44,13 @@ def init_markdown(result: InitResult, rank: int, names: Sequence[str], features:
                 f"than {TIGHT:.0%} of what random ones see, most in {worst.target}. {TIGHT_REMEDY}",
             ]
         if features == "means" and worst.tokens < FEW_MEANS:
-            lines += ["", f"Warning: {worst.tokens:.0f} means say little about single tokens. {FEW_MEANS_REMEDY}"]
+            lines += [
+                "",
+                f"Warning: the other tasks are known by few samples, {worst.tokens:.0f} in {worst.target}: with "
+                "features means each prompt gives one a step, the mean of its tokens. The start avoids those means "
+                f"and may meet what single tokens hold besides. Fewer than {FEW_MEANS} count as few here; the paper "
+                f"takes up to about 100 a task. {FEW_MEANS_REMEDY}",
+            ]
     reasons: dict[str, list[Target]] = {}
     for target, reason in result.skipped.items():
         reasons.setdefault(reason, []).append(target)

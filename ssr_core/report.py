@@ -30,6 +30,7 @@ class MergeReport:
         advice: Plain sentences on how to get a better merge, with the values to set.
         strengths: Of each LoRA on the diffusion model.
         apart: How different the signals of two LoRAs' prompts are, median over layers.
+        forecast: Whether nothing was merged, and this is what mode ssr would do.
     """
 
     method: str
@@ -41,6 +42,12 @@ class MergeReport:
     advice: tuple[str, ...] = ()
     strengths: tuple[float, ...] = ()
     apart: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    forecast: bool = False
+
+    @property
+    def subject(self) -> str:
+        """What the figures of router `result` are about."""
+        return "mode ssr (forecast)" if self.forecast else "this merge"
 
     def reconstruction_error(self, router: str = "result", *, held_out: bool = False, task: int | None = None) -> float:
         """Root mean square over layers of the relative error; nan without routed layers.

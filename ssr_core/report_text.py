@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 _WORST = 5
 """Blocks that the text names; the JSON report has them all."""
 
-_COLUMNS = (("this merge", "result"), ("plain sum", "sum"), ("average", "average"), ("best gains", "gains"))
+_COLUMNS = (("plain sum", "sum"), ("average", "average"), ("best gains", "gains"))
+"""Beside `MergeReport.subject`."""
 
 
 def markdown(report: MergeReport) -> str:
@@ -89,12 +90,13 @@ def _errors(report: MergeReport) -> list[str]:
         "In *all* a layer's LoRAs weigh by their energy, so a quiet one hardly shows there; its own line is relative "
         "to its own energy. " + judged,
         "",
-        *table(["tokens", *(title for title, _ in _COLUMNS)], rows),
+        *table(["tokens", report.subject, *(title for title, _ in _COLUMNS)], rows),
     ]
 
 
 def _row(report: MergeReport, held_out: bool, task: int | None) -> list[str]:
-    return [number(report.reconstruction_error(name, held_out=held_out, task=task)) for _, name in _COLUMNS]
+    names = ("result", *(name for _, name in _COLUMNS))
+    return [number(report.reconstruction_error(name, held_out=held_out, task=task)) for name in names]
 
 
 def _crosstalk(report: MergeReport) -> list[str]:
@@ -103,7 +105,7 @@ def _crosstalk(report: MergeReport) -> list[str]:
         return []
     ideal = "Energy of each LoRA's branch under each LoRA's prompt; ideal: 1 on the diagonal, 0 off it."
     lines = ["## Crosstalk", "", ideal]
-    for name, title in (("sum", "plain sum"), ("result", "this merge")):
+    for name, title in (("sum", "plain sum"), ("result", report.subject)):
         rows = [
             [f"prompt of {task}", *(f"{value:.2f}" for value in row)]
             for task, row in zip(report.tasks, report.crosstalk(name), strict=True)
@@ -142,7 +144,7 @@ def _map(report: MergeReport) -> list[str]:
     cells = model_map(report.layers)
     if not any(math.isfinite(cell.interference) for cell in cells):
         return []
-    head = ["", "layers", "plain sum", "this merge", "held-out", "overlap", "tokens / rank", "condition"]
+    head = ["", "layers", "plain sum", report.subject, "held-out", "overlap", "tokens / rank", "condition"]
     worst = sorted((c for c in cells if math.isfinite(c.error)), key=lambda c: -c.error)[:_WORST]
     return [
         "## Map of the model",

@@ -43,6 +43,15 @@ def start(checkout: Path, options: Sequence[str]) -> None:
         folder_paths.add_model_folder_path(folder, str(output / folder))
 
 
+def why_no_device() -> str:
+    """What ComfyUI raises as it looks for a device to compute on; empty where it finds one."""
+    try:
+        import comfy.model_management  # noqa: F401
+    except (AssertionError, RuntimeError) as err:  # torch without CUDA; torch with it, but no driver or no GPU
+        return str(err) or type(err).__name__
+    return ""
+
+
 def show_progress(tell: Callable[[int, int], None]) -> None:
     """Have every progress bar of ComfyUI told as (done, total)."""
     import comfy.utils

@@ -56,6 +56,16 @@ class Canvas:
             ends = [x0 + (x1 - x0) * start, y0 + (y1 - y0) * start, x0 + (x1 - x0) * end, y0 + (y1 - y0) * end]
             self._draw.line(ends, colour, round(width * _SCALE))
 
+    def cut_across(self, box: Box) -> None:
+        """A break of two slanting lines across a bar that is longer than its axis; the box is the line between them."""
+        x0, y0, x1, y1 = box
+        upright = abs(x1 - x0) < abs(y1 - y0)
+        for shift in (-4, 4):
+            if upright:
+                self.line((x0 + shift - 3, y0, x1 + shift + 3, y1), self.theme.paper, 3)
+            else:
+                self.line((x0, y0 + shift + 3, x1, y1 + shift - 3), self.theme.paper, 3)
+
     def dot(self, x: float, y: float, radius: float, colour: Colour) -> None:
         """A filled circle."""
         self._draw.ellipse([v * _SCALE for v in (x - radius, y - radius, x + radius, y + radius)], colour)

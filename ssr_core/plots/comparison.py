@@ -48,6 +48,8 @@ def draw_comparison(comparison: Comparison, theme: Theme, chosen: int) -> Image.
         end = left + min(scores[index], most) / most * (right - left)
         colour = theme.routers["result"] if index == chosen else theme.faint
         canvas.rectangle((left, y - tall * 0.3, end, y + tall * 0.3), colour, radius=3)
+        if scores[index] > most:
+            canvas.cut_across((end - 14, y - tall * 0.3, end - 14, y + tall * 0.3))
         if comparison.held and row.error < most:
             x = left + row.error / most * (right - left)
             canvas.line((x, y - tall * 0.3, x, y + tall * 0.3), theme.paper, 3)

@@ -20,7 +20,7 @@ def draw_crosstalk(report: MergeReport, theme: Theme) -> Image.Image:
     told = "Energy of each LoRA's branch (column) under each LoRA's prompt (row). Ideal: only the diagonal."
     canvas.title("Crosstalk", told)
     names = [short_name(name) for name in report.tasks]
-    for left, router, title in ((62, "sum", "plain sum"), (444, "result", "this merge")):
+    for left, router, title in ((62, "sum", "plain sum"), (444, "result", report.subject)):
         canvas.text(left + _SIDE / 2, 108, title, 24, anchor="mm")
         _heatmap(canvas, left, report.crosstalk(router))
     legend(canvas, names, _TOP + _SIDE + 30)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
@@ -13,7 +13,7 @@ from .canvas import HEIGHT, WIDTH, Canvas, short_name
 from .crosstalk import legend, legend_lines
 from .theme import Theme
 
-NAMES = {"result": "this merge", "sum": "plain sum", "average": "average", "gains": "best gains"}
+NAMES = {"sum": "plain sum", "average": "average", "gains": "best gains"}
 _LEFT, _RIGHT, _TOP = 74, 20, 146
 
 
@@ -59,7 +59,7 @@ def draw_errors(report: MergeReport, theme: Theme) -> Image.Image:
     held = not math.isnan(report.reconstruction_error(held_out=True))
     told = "bar: held-out tokens, notch: calibration's own" if held else "on calibration's own tokens"
     canvas.title("Reconstruction error", f"0: as if alone, 1: as if the LoRA were off; {told}")
-    _router_legend(canvas)
+    _router_legend(canvas, {"result": report.subject, **NAMES})
     tasks: list[int | None] = [None, *range(len(report.tasks))]
     if len(report.tasks) == 1:
         tasks = [None]
@@ -89,6 +89,8 @@ def _bar(canvas: Canvas, axis: Axis, place: tuple[float, float], value: float, n
     x, width = place
     inner = (x + width * 0.06, x + width * 0.94)
     canvas.rectangle((inner[0], axis.at(value), inner[1], axis.bottom), canvas.theme.routers[router], radius=2)
+    if value > axis.most:
+        canvas.cut_across((inner[0], axis.top + 9, inner[1], axis.top + 9))
     if math.isfinite(notch) and axis.bottom - axis.at(notch) > 3:
         canvas.line((inner[0], axis.at(notch), inner[1], axis.at(notch)), canvas.theme.paper, 3)
 
@@ -100,9 +102,9 @@ def _value(canvas: Canvas, axis: Axis, place: tuple[float, float], value: float)
         canvas.text(x + width / 2, max(axis.at(value), axis.top) - 11, f"{value:.2f}", size, anchor="mm")
 
 
-def _router_legend(canvas: Canvas) -> None:
+def _router_legend(canvas: Canvas, names: Mapping[str, str]) -> None:
     x = 30.0
     for router in ROUTERS:
         canvas.rectangle((x, 100, x + 18, 118), canvas.theme.routers[router], radius=3)
-        canvas.text(x + 26, 110, NAMES[router], 20)
-        x += 26 + canvas.width_of(NAMES[router], 20) + 28
+        canvas.text(x + 26, 110, names[router], 20)
+        x += 26 + canvas.width_of(names[router], 20) + 28

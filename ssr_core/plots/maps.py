@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal
 
 from PIL import Image
@@ -20,10 +21,7 @@ Measure = Literal["interference", "error"]
 OTHER = "other"
 """Row and column of layers that are in no block."""
 
-_TITLES: dict[Measure, tuple[str, str]] = {
-    "interference": ("Where the LoRAs interfere", "Error of the plain sum by block and kind of layer; 0: do not meet"),
-    "error": ("What is left after this merge", "Error of this merge by block and kind of layer; 0: each as if alone"),
-}
+_BELOW = "Error of {} on calibration's own tokens, by block and kind of layer; 0: {}"
 _TOP, _BOTTOM, _MOST = 104, 122, 1.5
 
 
@@ -39,7 +37,7 @@ class _Grid:
 def draw_map(report: MergeReport, theme: Theme, measure: Measure = "error") -> Image.Image:
     """One colour a cell: yellow where much is wrong, dark blue where nothing is, grey where one LoRA is alone."""
     canvas = Canvas(theme, WIDTH, HEIGHT)
-    canvas.title(*_TITLES[measure])
+    canvas.title(*_titles(report, measure))
     grid = _grid(model_map(report.layers))
     labels = min(24.0, (HEIGHT - _TOP - _BOTTOM) / max(1, len(grid.rows)) * 0.8)
     label_room = min(230.0, max((canvas.width_of(row, min(labels, 18)) for row in grid.rows), default=0) + 18)
@@ -64,6 +62,14 @@ def draw_map(report: MergeReport, theme: Theme, measure: Measure = "error") -> I
     return canvas.picture()
 
 
+def _titles(report: MergeReport, measure: Measure) -> tuple[str, str]:
+    """The heading and the line under it."""
+    if measure == "interference":
+        return "Where the LoRAs interfere", _BELOW.format("the plain sum", "do not meet")
+    heading = "What mode ssr would leave (forecast)" if report.forecast else "What is left after this merge"
+    return heading, _BELOW.format("mode ssr" if report.forecast else "this merge", "each as if alone")
+
+
 def _grid(found: Sequence[MapCell]) -> _Grid:
     cells: dict[tuple[str, str], list[MapCell]] = defaultdict(list)
     kinds: dict[str, None] = {}
@@ -77,8 +83,16 @@ def _grid(found: Sequence[MapCell]) -> _Grid:
     order = {name: index for index, name in enumerate(groups)}
     home = {row: min(order[block.rsplit(".", 1)[0]] for r, block in cells if r == row) for row in kinds}
     rows = sorted(kinds, key=lambda row: (row == OTHER, home[row], natural(row)))
-    listed = [(name, list(blocks)) for name, blocks in groups.items()]
+    start = _common_start([cell.place.block for cell in found if cell.place.block and cell.place.part == "model"])
+    listed = [(name.removeprefix(start), list(blocks)) for name, blocks in groups.items()]
     return _Grid(cells, rows, sorted(listed, key=lambda group: group[0] == OTHER))
+
+
+def _common_start(blocks: Sequence[str]) -> str:
+    """What all lists of blocks begin with, such as `diffusion_model.`; each keeps a word of its own."""
+    lists = [block.split(".")[:-2] for block in blocks]
+    same = [words[0] for words in takewhile(lambda words: len(set(words)) == 1, zip(*lists, strict=False))]
+    return "".join(f"{word}." for word in same)
 
 
 def _cell(canvas: Canvas, box: tuple[float, float, float, float], cells: Sequence[MapCell], measure: Measure) -> None:

@@ -1,9 +1,11 @@
 """OSRM Refit through the real server, against dense formulas on inputs that core's nodes recorded; Cancel of both."""
 
+import json
 from statistics import median
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from .loras import family_lora
@@ -46,6 +48,9 @@ def test_refit_is_the_dense_formula_and_its_report_is_true(server, base, family,
         recordings.append(Recording(base, prefix))
     for index, (task, path) in enumerate(zip(tasks, files, strict=True)):
         kept, falls = [], []
+        with safe_open(path, "pt") as file:  # a list of files: only the metadata says which LoRA is which
+            about = json.loads(file.metadata()["ssr_osrm_refit"])
+        assert (about["source"]["name"], about["mode"]) == (task.file.name, mode)
         new = deltas(load_file(path))
         assert new.keys() == task.file.truth.keys()
         for name, truth in task.file.truth.items():

@@ -196,9 +196,30 @@ def test_a_method_that_measures_nothing_does_not_blind_the_others():
     assert "- np_lora: its answer cannot be measured" in comparison.to_markdown(1)
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("ssr ridg=0.1", ("'ssr ridg=0.1'", "no setting 'ridg=0.1'", "ridge=0.01")),
+        ("nonsense", ("'nonsense'", "use one of ssr")),
+        ("np_lora energy=2", ("'np_lora energy=2'", "energy")),
+    ],
+)
+def test_a_line_that_means_nothing_stops_before_any_solve(line, words):
+    ticks = []
+    with pytest.raises(IncompatibleError) as caught:
+        compare(TASKS, ["sum", line], CALIBRATION, tick=lambda done, total: ticks.append(done))
+    assert not ticks and all(word in str(caught.value) for word in words)
+
+
+def test_a_method_that_reads_well_and_does_not_apply_is_a_row_of_its_own():
+    comparison = compare(TASKS[:1], ["sum", "np_lora", "osrm"], CALIBRATION)
+    assert [bool(row.refused) for row in comparison.rows] == [False, True, True]
+    assert "before SSR Calibrate" in comparison.to_markdown(0)
+
+
 def test_an_empty_list_is_refused_and_ticks_may_cancel():
     with pytest.raises(IncompatibleError, match="nothing to compare"):
         compare(TASKS, [], CALIBRATION)
     ticks = []
-    compare(TASKS, ["sum", "nonsense", "average"], CALIBRATION, tick=lambda done, total: ticks.append((done, total)))
+    compare(TASKS, ["sum", "osrm_refit", "average"], CALIBRATION, tick=lambda done, total: ticks.append((done, total)))
     assert ticks == [(0, 3), (1, 3), (2, 3), (3, 3)]

@@ -168,6 +168,49 @@ def test_a_merge_made_again_fails_if_it_is_another(tmp_path, monkeypatch, capsys
     assert ("it is another merge" in err) == (code == 1)
 
 
+@pytest.mark.parametrize("error", ["AssertionError('Torch not compiled with CUDA enabled')", "RuntimeError('no GPU')"])
+def test_without_a_device_the_message_says_how_to_do_without(recipe, tmp_path, error):
+    """An installation of stubs, whose look for a device fails as ComfyUI's does."""
+    stubs = {
+        "main.py": "",
+        "comfy/__init__.py": "",
+        "comfy/options.py": "def enable_args_parsing(): pass",
+        "comfy/cli_args.py": "import types\n"
+        "args = types.SimpleNamespace(extra_model_paths_config=None, output_directory=None)",
+        "comfy/model_patcher.py": "",
+        "comfy/model_management.py": f"raise {error}",
+        "folder_paths.py": "def get_output_directory(): return ''\ndef add_model_folder_path(*given): pass",
+        "utils/__init__.py": "",
+        "utils/extra_config.py": "load_extra_path_config = None",
+    }
+    for name, text in stubs.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    code, out, err = run(recipe, "--comfyui", tmp_path)
+    assert (code, out) == (1, "") and "Traceback" not in err
+    assert "finds no device" in err and error.split("'")[1] in err and "-- --cpu" in err
+
+
+def test_only_the_command_says_how_a_recipe_names_a_clip(tmp_path, monkeypatch, capsys):
+    cli = in_package(monkeypatch)
+    monkeypatch.setattr(cli.signal, "signal", lambda *given: None)
+    package = cli.__name__.split(".")[0]
+    error = importlib.import_module(f"{package}.ssr_core.errors").ClipMissingError("no CLIP.", remedy="connect CLIP.")
+
+    def carry_out(*given):
+        raise error
+
+    parent = sys.modules[cli.__name__.rpartition(".")[0]]
+    start = types.SimpleNamespace(show_progress=lambda tell: None)
+    stub = types.SimpleNamespace(find=lambda given: tmp_path, start=lambda *given: start)
+    monkeypatch.setattr(parent, "installation", stub, raising=False)
+    work = types.SimpleNamespace(Wanted=lambda *given: None, carry_out=carry_out)
+    monkeypatch.setattr(parent, "work", work, raising=False)
+    assert cli.main([str(merged_file(tmp_path / "merged.safetensors")), "--quiet"]) == 1
+    err = capsys.readouterr().err
+    assert "connect CLIP. A recipe names clip and clip_type in model" in err and "recipe" not in str(error)
+
+
 def test_the_output_may_not_be_the_input(tmp_path):
     path = merged_file(tmp_path / "merged.safetensors")
     other = tmp_path / "link.safetensors"

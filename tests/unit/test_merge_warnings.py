@@ -1,9 +1,11 @@
 """Degraded merges say so, in words that name the LoRAs; good ones stay silent."""
 
 import pytest
+import torch
 from helpers import LAYER, calibrated, conflicting_tasks, linear64, lora, task, task_tokens
 
 from ssr_core import Calibration, GramStats, PaperMerge, SSRMerge, SumMerge, Task, merge, prompt_warnings
+from ssr_core.advice import silent_warnings
 
 OUT, IN, RANK = 7, 10, 3
 
@@ -40,6 +42,17 @@ def test_methods_without_routing_do_not_ask_for_prompts():
     assert merge(tasks, SumMerge()).report.warnings == ()
 
 
+def test_a_lora_that_is_alone_is_a_note_and_is_what_comes_out():
+    first, second = conflicting_tasks(2, OUT, IN, RANK)
+    off = Task(second.adapter, 0.0, 0.0)
+    for tasks in ([first], [first, off]):
+        result = merge(tasks, SSRMerge())
+        (note,) = result.report.notes
+        assert note.startswith("task0 alone is active")
+        torch.testing.assert_close(result.layers[LAYER].delta(), first.adapter.layers[LAYER].delta())
+    assert merge([first, second], SumMerge()).report.notes == ()
+
+
 def test_a_single_lora_needs_no_prompt():
     assert merge([Task(conflicting_tasks(1, OUT, IN, RANK)[0].adapter)], SSRMerge()).report.warnings == ()
 
@@ -48,6 +61,8 @@ def test_prompt_warnings_by_name():
     found = prompt_warnings(["x", "y", "z"], [["", ""], ["p", "q"], ["p ", " q"]])
     assert len(found) == 2 and found[0].startswith("x has no calibration prompt") and found[1].startswith("y and z")
     assert prompt_warnings(["x", "y"], [["p"], ["p", "q"]]) == []
+    assert silent_warnings(["x", "y", "z"], [[" ", "p"], [" "], []])[0].startswith("y and z have no calibration")
+    assert silent_warnings(["x"], [["p"]]) == []
     (one,) = prompt_warnings(list("vwxyz"), [["p"]] * 5)  # one sentence, not one for each pair
     assert one.startswith("v, w, x, y and z have the same prompt")
 

@@ -1,12 +1,14 @@
 """Reports of OSRM Refit: what is known under a sketch, what layers are judged by, and what was left out."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers import F64, LAYER, decaying, lora, moments_of, randn, rel, rng
 
-from ssr_core import Adapter, LoRALayer, Target
+from ssr_core import Adapter, FileError, LoRALayer, Target, read_any, write_safetensors
+from ssr_core.metadata import REFIT_KEY, refit_metadata
 from ssr_core.moments import MomentOptions
 from ssr_core.osrm_layer import REFIT_MODES, Range, RefitOptions, energy, refit_layer, white_energy
 from ssr_core.osrm_refit import RefitLayerReport, RefitReport, compare, osrm_refit, refit_markdown
@@ -131,6 +133,19 @@ def test_layers_that_are_judged_by_weights_say_why():
     assert judged == {"silent": "leave it silent", "lost": "not finite", "unseen": "never reached", "own": "inputs"}
     text = refit_markdown([report], RefitOptions())
     assert "1 layers were judged by weights; its own prompts never" in text and "they put out nothing" in text
+
+
+def test_the_file_of_a_refit_lora_says_which_it_is_and_is_no_recipe(tmp_path):
+    options, moments = RefitOptions("project", 0.5), MomentOptions("tokens")
+    metadata = refit_metadata("dog.safetensors", "ab", ["a dog"], ["cat"], options, moments)
+    about = json.loads(metadata[REFIT_KEY])
+    assert about["source"] == {"name": "dog.safetensors", "sha256": "ab", "prompts": ["a dog"]}
+    assert (about["others"], about["mode"], about["strength"]) == (["cat"], "project", 0.5)
+    assert MomentOptions(**about["moments"]) == moments and "dog.safetensors" in metadata["modelspec.title"]
+    path = tmp_path / "refit.safetensors"
+    write_safetensors(path, {"x": torch.zeros(1)}, metadata)
+    with pytest.raises(FileError):
+        read_any(path)
 
 
 def test_white_inputs_are_no_matrix(monkeypatch):

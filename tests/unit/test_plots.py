@@ -1,6 +1,7 @@
 """What the pictures show is what the numbers say, and it can be read."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy
@@ -12,6 +13,7 @@ from ssr_core.compare import Comparison, Row
 from ssr_core.layer_report import LayerReport
 from ssr_core.plots import DARK, LIGHT, THEMES, draw_comparison, draw_crosstalk, draw_errors, draw_map, report_pages
 from ssr_core.plots.canvas import Canvas, short_name
+from ssr_core.plots.maps import _common_start, _titles
 from ssr_core.plots.pages import side_by_side
 from ssr_core.plots.theme import contrast, heat, ink_on, luminance
 from ssr_core.report import MergeReport
@@ -131,6 +133,49 @@ def test_comparison_bars_are_as_long_as_the_scores():
     chosen = area(picture, LIGHT.routers["result"])
     other = area(picture, LIGHT.faint)  # the axis' numbers and the frame are of this colour too
     assert other / chosen == pytest.approx(2.0, rel=0.25)
+
+
+def test_bars_that_are_cut_show_a_break():
+    """At the axis' end a bar of 3 and one of 9 are of one length; only the longer one is broken."""
+    whole, cut = (report(layer("b.0.q", 2.0, scale=1.5 * factor)) for factor in (1, 3))
+    colour = LIGHT.routers["result"]
+    breaks = [break_in(draw_errors(one, LIGHT), colour, axis=1) for one in (whole, cut)]
+    assert breaks == [1, 3]  # one is the notch at calibration's own error
+    for score, expected in ((1.3, 0), (4.0, 2)):
+        picture = draw_comparison(Comparison(("x", "y"), (Row("a", "a", 9.0, score),)), LIGHT, 0)
+        assert break_in(picture, colour, axis=0) == expected
+
+
+def break_in(picture, colour, axis):
+    """Gaps along the middle of the first bar of this colour (axis 1: it stands, 0: it lies), below any legend."""
+    hit = (numpy.abs(pixels(picture).astype(int) - numpy.array(colour)).max(axis=2) < 12)[125:]
+    lines = hit.T if axis else hit
+    longest = max(range(len(lines)), key=lambda at: lines[at].sum())
+    found = numpy.flatnonzero(lines[longest])
+    return int((numpy.diff(found) > 1).sum())
+
+
+def test_columns_of_the_map_leave_out_what_all_begin_with():
+    paths = ("double_blocks.0.q", "double_blocks.1.q", "single_blocks.0.q")
+    plain, long, other = (
+        draw_map(report(*(layer(f"{start}{path}", 0.3) for path in paths)), LIGHT)
+        for start in ("", "diffusion_model.", "diffusion_model.inner.")
+    )
+    assert plain.tobytes() == long.tobytes() == other.tobytes()
+    assert _common_start(["diffusion_model.blocks.3"]) == "diffusion_model." and _common_start(["blocks.3"]) == ""
+    assert _common_start(["a.b.0", "ab.c.0"]) == "" and _common_start([]) == ""
+
+
+def test_a_forecast_is_titled_as_one():
+    merged = report(layer("b.0.q", 0.3))
+    titles = {_titles(replace(merged, forecast=forecast), "error") for forecast in (False, True)}
+    assert len(titles) == 2 and all("calibration's own tokens" in below for _, below in titles)
+    forecast = replace(merged, forecast=True)
+    assert "this merge" not in " ".join(_titles(forecast, "error")) + forecast.to_markdown().replace(
+        "method of this merge", ""
+    )
+    for draw in (draw_crosstalk, draw_errors, draw_map):
+        assert draw(forecast, LIGHT).tobytes() != draw(merged, LIGHT).tobytes()
 
 
 def test_names_fit_and_what_no_font_has_becomes_a_question_mark():
