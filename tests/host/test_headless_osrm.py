@@ -93,7 +93,7 @@ def test_refit_loras_are_those_of_the_node(server, checkout, base, tmp_path):
     ids=["same name", "one left"],
 )
 def test_refit_errors_leave_nothing(server, checkout, base, tmp_path, change, words):
-    value = {**recipe_of(files(base)), "osrm_refit": {}}
+    value = {**recipe_of(files(base)), "osrm_refit": {}, "calibration": {"settings": SETTINGS}}
     change(value)
     code, _, err = run(checkout, base, written(tmp_path, value), "--output", tmp_path / "made")
     assert code == 1 and words in err and "Traceback" not in err, err
