@@ -34,6 +34,9 @@ MADE_HERE = (
 )
 MADE_HERE += ("SSRMergeFromRecords", "SSRRecordLibrary", "SSRCombineCalibrations")
 
+CHOSEN = ("prompts", "joint_prompts", "strengths", "lora", "filename_prefix")
+"""Inputs that examples fill in."""
+
 if not Path("/usr/bin/chromium").exists():
     pytest.skip("chromium is not installed: the example workflows were not opened", allow_module_level=True)
 pytest.importorskip("playwright", reason="playwright is not installed: the example workflows were not opened")
@@ -155,7 +158,7 @@ def test_settings_are_the_nodes_defaults(server, prompts, name):
         settings = {**schema.get("required", {}), **schema.get("optional", {})}
         for key, value in node["inputs"].items():
             options = settings.get(key, [None])[1:]
-            if options and "default" in options[0] and key not in ("prompts", "strengths", "lora", "filename_prefix"):
+            if options and "default" in options[0] and key not in CHOSEN:
                 assert value == options[0]["default"], (node["class_type"], key, value)
 
 
