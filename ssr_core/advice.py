@@ -194,6 +194,13 @@ def notes_for(tasks: Sequence[Task], calibration: Calibration | None) -> list[st
     for scene in kept:
         who = " and ".join(tasks[task].name for task in scene.tasks) or "no LoRA"
         notes.append(f"{scene.label.capitalize()} ({who} active): {scene.prompt}")
+    sampled = [one.scenes for one in calibration.stats.values() if kept and one.samples is not None]
+    unrefined = sum(one is not None and one.samples is None for one in sampled)
+    if unrefined:
+        notes.append(
+            f"{unrefined} of {len(calibration.stats)} layers are routed and not refined: a joint or neutral prompt "
+            "gave them no sampled input."
+        )
     lost = len(calibration.scenes) - len(kept)
     if lost:
         notes.append(f"{lost} joint prompts take no part, as some of their LoRAs are not merged.")

@@ -1,5 +1,7 @@
 """Joint and neutral prompts: their passes, what they add to router and correction, and where they stay."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import (
@@ -228,3 +230,14 @@ def test_convolutions_have_scenes_too():
     columns = torch.nn.functional.unfold(inputs[2], 3, padding=1)[0].T
     z = columns @ build_stacks(tasks)[0].basis.to(F64).T
     assert rel(found.stats[LAYER].scenes.gram[0], z.T @ z) < 1e-12
+
+
+def test_layers_that_a_scene_gave_no_sample_are_named_as_unrefined():
+    whole = calibrated(sample=SampleOptions(8))
+    stats = whole.stats[LAYER]
+    bare = replace(whole, stats={LAYER: replace(stats, scenes=replace(stats.scenes, samples=None))})
+    said = [[note for note in merged(one, SSRMerge())[1].notes if "not refined" in note] for one in (whole, bare)]
+    assert said[0] == []
+    assert len(said[1]) == 1
+    assert said[1][0].startswith("1 of 1 layers")
+    assert rel(merged(bare, SSRMerge())[0], merged(whole)[0]) < 1e-12  # the plain router, as the note says
