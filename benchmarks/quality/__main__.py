@@ -13,11 +13,11 @@ import torch
 
 from ..speed.machine import describe
 from .ablation import ablation, steps_and_tokens, wording
-from .methods import Method, careful, compared, protecting, sampling_of, told, without_slow
+from .methods import Method, careful, compared, protecting, protecting_several, sampling_of, told, without_slow
 from .protocols import baseline, composition, preservation
 from .records import Record, rows
 from .report import page, plot, write_json
-from .sisters import starts, styled
+from .sisters import crowd_styled, starts, styled
 from .world.building import FULL, TOY, World, build
 from .world.training import CACHE
 
@@ -36,6 +36,15 @@ PARTS: dict[str, Part] = {
     "styled": lambda world, seeds, chosen: styled(
         world,
         chosen(without_slow(compared(sampling_of(world))) | told(sampling_of(world)) | protecting(sampling_of(world))),
+        seeds,
+    ),
+    "crowd": lambda world, seeds, chosen: crowd_styled(
+        world,
+        chosen(
+            without_slow(compared(sampling_of(world)))
+            | told(sampling_of(world))
+            | protecting_several(sampling_of(world))
+        ),
         seeds,
     ),
     "starts": lambda world, seeds, chosen: starts(world, seeds[:3]),

@@ -120,3 +120,13 @@ def protecting(sampling: Sampling) -> dict[str, Method]:
         NPLoRAMerge(energy=0.5, directions="activations"), sampling
     )
     return found
+
+
+def protecting_several(sampling: Sampling) -> dict[str, Method]:
+    """NP-LoRA for several subjects and a style that comes last: which side is protected, and how much."""
+    return {
+        "NP-LoRA, style protected, mu 0.5": engine(NPLoRAMerge(), sampling),
+        "NP-LoRA, style protected, hard": engine(NPLoRAMerge(hard=True), sampling),
+        "NP-LoRA, subjects protected, mu 0.5": engine(NPLoRAMerge(protected=(0, 1)), sampling),
+        "NP-LoRA, subjects protected, hard": engine(NPLoRAMerge(protected=(0, 1), hard=True), sampling),
+    }

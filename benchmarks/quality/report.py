@@ -84,6 +84,7 @@ TABLES = {
     "preservation: generic prompts": ("leak", "success"),
     "composition": ("objects right", "all right", OWN),
     "subject and style": ("both", "content", "style"),
+    "two subjects and a style": ("both", "content", "style"),
     "OSRM start": ("function distance", "success"),
     "many subjects": ("function distance", "success", "similarity"),
     "ablation: solve": ("function distance", "success"),
