@@ -59,23 +59,34 @@ def _object(properties: Mapping[str, Any], *required: str) -> dict[str, Any]:
     }
 
 
+def _says(words: str, **schema: Any) -> dict[str, Any]:
+    return {**schema, "description": words}
+
+
 _PROPERTIES = SCHEMA["properties"]
-_SHARE = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+_SHARE: dict[str, Any] = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
 _MOMENTS = {
-    "features": {"enum": list(FEATURES)},
-    "exact_limit": {"type": "integer", "minimum": 0},
-    "sketch": {"type": "integer", "minimum": 8},
+    "features": _says(
+        "What is learnt of layer inputs: each sample's mean over its tokens, or every token.", enum=list(FEATURES)
+    ),
+    "exact_limit": _says("Widest layer whose second moments are kept exactly.", type="integer", minimum=0),
+    "sketch": _says("Columns of the sketch of wider layers.", type="integer", minimum=8),
 }
 _INIT = _object(
     {
-        "prompts": {"type": "array", "items": {"type": "string"}, "minItems": 1},
-        "rank": {"type": "integer", "minimum": 1},
-        "alpha": {"type": "number", "exclusiveMinimum": 0},
-        "layers": {"enum": list(LAYER_CHOICES)},
-        "only": {"type": "string"},
-        "text_encoder": {"type": "boolean"},
-        "energy": _SHARE,
-        "key_style": {"enum": list(INIT_STYLES)},
+        "prompts": _says(
+            "What the other LoRAs show; together they are one task.",
+            type="array",
+            items={"type": "string"},
+            minItems=1,
+        ),
+        "rank": _says("Of every layer.", type="integer", minimum=1),
+        "alpha": _says("Of every layer.", type="number", exclusiveMinimum=0),
+        "layers": _says("Which kinds of layers get a start.", enum=list(LAYER_CHOICES)),
+        "only": _says("Regular expression that the path of a layer has to contain.", type="string"),
+        "text_encoder": _says("Whether layers of the text encoder get a start too.", type="boolean"),
+        "energy": _says("Share of the others' energy that is avoided.", **_SHARE),
+        "key_style": _says("Names inside the file.", enum=list(INIT_STYLES)),
         "dtype": {"enum": ["bfloat16", "float16", "float32"]},
         **_MOMENTS,
     },
@@ -83,31 +94,38 @@ _INIT = _object(
 )
 _REFIT = _object(
     {
-        "mode": {"enum": list(REFIT_MODES)},
-        "strength": {"type": "number", "minimum": 0},
-        "energy": _SHARE,
-        "ridge": {"type": "number", "exclusiveMinimum": 0},
+        "mode": _says("How the LoRAs are refit, as in OSRM Refit.", enum=list(REFIT_MODES)),
+        "strength": _says("How much; 0 changes nothing; mode project takes up to 1.", type="number", minimum=0),
+        "energy": _says("Share of the energy of the others' inputs that counts as theirs.", **_SHARE),
+        "ridge": _says("Of mode contrast, as a share of the mean eigenvalue.", type="number", exclusiveMinimum=0),
         **_MOMENTS,
     }
 )
 _UNUSED = ("sampled_tokens", "joint_prompts", "neutral_prompts", "held_out", "runs", "records")
 _PASSES = _PROPERTIES["calibration"]["properties"]["settings"]
 _SETTINGS = _object(
-    {"settings": _object({name: one for name, one in _PASSES["properties"].items() if name not in _UNUSED})}
+    {
+        "settings": _says(
+            "How the passes run; what is absent is as in the node.",
+            **_object({name: one for name, one in _PASSES["properties"].items() if name not in _UNUSED}),
+        )
+    }
 )
+_COMMON = {"$schema": {"type": "string"}, "model": _PROPERTIES["model"], "calibration": _SETTINGS}
+
+
+def _document(title: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {"$schema": SCHEMA["$schema"], "title": title, **schema}
+
+
 OSRM_SCHEMA: Mapping[str, Mapping[str, Any]] = {
-    INIT: _object({"model": _PROPERTIES["model"], INIT: _INIT, "calibration": _SETTINGS}),
-    REFIT: _object(
-        {
-            "model": _PROPERTIES["model"],
-            REFIT: _REFIT,
-            "sources": {**_PROPERTIES["sources"], "minItems": 2},
-            "calibration": _SETTINGS,
-        },
-        "sources",
+    INIT: _document("OSRM Init recipe", _object({**_COMMON, INIT: _INIT}, INIT)),
+    REFIT: _document(
+        "OSRM Refit recipe",
+        _object({**_COMMON, REFIT: _REFIT, "sources": {**_PROPERTIES["sources"], "minItems": 2}}, REFIT, "sources"),
     ),
 }
-"""By kind; the inputs have the names of the nodes'."""
+"""By kind; the inputs have the names of the nodes'. docs/<kind>.schema.json are copies."""
 
 
 def read_any(path: Path) -> Recipe | OSRMRecipe:

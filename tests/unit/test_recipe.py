@@ -23,6 +23,7 @@ from ssr_core import (
     with_recipe,
     write_safetensors,
 )
+from ssr_core.osrm_recipe import OSRM_SCHEMA
 from ssr_core.schema import problems
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -217,8 +218,10 @@ def test_methods_without_calibration_run_no_pass():
     assert parse_recipe(SMALLEST, "x").settings == {}
 
 
-def test_the_published_schema_is_the_one_in_force():
-    assert json.loads((ROOT / "docs" / "recipe.schema.json").read_text(encoding="utf-8")) == SCHEMA
+def test_the_published_schemas_are_those_in_force():
+    for name, schema in {"recipe": SCHEMA, **OSRM_SCHEMA}.items():
+        text = (ROOT / "docs" / f"{name}.schema.json").read_text(encoding="utf-8")
+        assert json.loads(text) == schema, name
 
 
 def test_the_validator_agrees_with_a_full_one():
