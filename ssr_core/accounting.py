@@ -8,18 +8,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .diagnostics import RoutingError, crosstalk, routing_error
+from .diagnostics import RoutingError, block_energies, crosstalk, routing_error, scaling_error
 from .file_account import FileAccount, KeyFate, count_fates
 from .gram import GramStats
 from .layer_report import LayerReport, LayerStatus
 from .methods import MergedFactors, MergeMethod, RouterView, routes
 from .overlap import subspace_overlap
-from .router import Anchor, anchor_router, pooled
+from .router import gains, pooled
 from .stacks import LayerStack, Task
 from .targets import Target
-
-DIAGONAL: tuple[Anchor, ...] = ("sum", "average", "gains")
-"""Routers that every report compares with."""
 
 
 def layer_report(
@@ -62,15 +59,15 @@ def layer_report(
     grams = pooled(view.grams, stats.tokens.to(view.grams.device), balanced=True)
     ups = view.ups.to(torch.float64)
     up_gram = ups.T @ ups  # of the stack alone: the judged answer has the same
-    seen_errors = _errors(view, up_gram, grams, grams)
-    identity = anchor_router("sum", grams, view.ranks).diagonal()
+    energies = block_energies(grams, view.ranks, up_gram)
+    seen_errors = _errors(view, up_gram, grams, energies, gains(grams, view.ranks))
     report = replace(
         report,
         condition=factors.condition,
         errors={name: one.relative() for name, one in seen_errors.items()},
         task_errors={name: one.by_task() for name, one in seen_errors.items()},
         crosstalk={
-            "sum": crosstalk(identity, grams, view.ranks, up_gram).tolist(),
+            "sum": energies.diagonal(dim1=1, dim2=2).clamp_min(0).tolist(),
             "result": crosstalk(view.router, grams, view.ranks, up_gram).tolist(),
         },
     )
@@ -81,7 +78,8 @@ def layer_report(
     # an answer that sampled inputs correct is only judged by another such
     if known is None or unknown is None or judged.view.router.shape != view.router.shape:
         return report
-    unseen = _errors(judged.view, up_gram, unknown, known)
+    energies = block_energies(unknown, view.ranks, up_gram)
+    unseen = _errors(judged.view, up_gram, unknown, energies, gains(known, view.ranks))
     return replace(
         report,
         held_tokens=tuple(held.tokens.tolist()),
@@ -95,19 +93,24 @@ def _per_token(view: RouterView, stats: GramStats) -> Tensor | None:
     return None if grams is None else pooled(grams, stats.tokens.to(grams.device), balanced=True)
 
 
-def _errors(view: RouterView, up_gram: Tensor, grams: Tensor, fitted: Tensor) -> dict[str, RoutingError]:
-    """Errors of the method's router and of those that every report compares with.
+def _errors(
+    view: RouterView, up_gram: Tensor, grams: Tensor, energies: Tensor, best: Tensor
+) -> dict[str, RoutingError]:
+    """Errors of the method's router and of those that every report compares with: sum, average, best gains.
 
     Args:
         view: The method's router.
         up_gram: (R, R), `B^T B` of the stacked ups.
         grams: What is judged by, per token.
-        fitted: What the best gains come from.
+        energies: Their `block_energies`.
+        best: (K,), the gains.
     """
-    routers = {"result": view.router}
-    for anchor in DIAGONAL:
-        routers[anchor] = anchor_router(anchor, fitted, view.ranks).diagonal()
-    return {name: routing_error(router, grams, view.ranks, up_gram) for name, router in routers.items()}
+    one = torch.ones_like(best)
+    scaled = {"sum": one, "average": one / len(one), "gains": best}
+    return {
+        "result": routing_error(view.router, grams, view.ranks, up_gram),
+        **{name: scaling_error(energies, factors) for name, factors in scaled.items()},
+    }
 
 
 def account(index: int, task: Task, reports: Sequence[LayerReport], passed_through: bool) -> FileAccount:

@@ -6,7 +6,7 @@ With `B` the stacked ups, `M` a router, `E_k` the selector of block k and `W = B
     branch j under task i     = tr(W_jj [M S_i M^T]_jj)          (SSR-Merge, Figure 1)
 
 A router that reads E signals more is (R, R + E), its Grams are (K, R + E, R + E), and E_k selects from
-all of them. A diagonal one reads the R coordinates of the blocks alone.
+all of them. One that only scales the LoRAs is its K factors.
 """
 
 from __future__ import annotations
@@ -45,24 +45,47 @@ class RoutingError:
         return values
 
 
+def block_energies(grams: Tensor, ranks: Sequence[int], up_gram: Tensor) -> Tensor:
+    """What branches a and b put out in common under task i, `<W_ab, [S_i]_ab>`: (K tasks, K, K).
+
+    All that is to be known about routers that only scale the LoRAs; one pass over the Grams.
+
+    Args:
+        grams: (K, R + E, R + E), scaled as the caller wants tasks and tokens weighted.
+        ranks: Rows of each block.
+        up_gram: (R, R), `B^T B`.
+    """
+    size = len(up_gram)
+    owner = torch.block_diag(*(torch.ones(rank, 1) for rank in ranks)).to(up_gram)
+    return torch.stack([owner.T @ ((up_gram * one[:size, :size]) @ owner) for one in grams])
+
+
+def scaling_error(energies: Tensor, factors: Tensor) -> RoutingError:
+    """Error of the router that scales each LoRA, on every task.
+
+    Args:
+        energies: (K, K, K), `block_energies`.
+        factors: (K,), of the LoRAs.
+    """
+    own = energies.diagonal(dim1=0, dim2=1)  # (K b, K task): row `task` of each task
+    energy = own.diagonal()
+    error = torch.einsum("a,iab,b->i", factors, energies, factors) - 2 * factors @ own + energy
+    return RoutingError(error.clamp_min(0), energy.clamp_min(0))
+
+
 def routing_error(router: Tensor, grams: Tensor, ranks: Sequence[int], up_gram: Tensor) -> RoutingError:
     """Error of any router M on every task: one product of R^3 whatever the number of tasks.
 
     tr(W (M - E) S (M - E)^T) = <M^T W M, S> - 2 <[W M]_k, [S]_k> + <W_kk, S_kk> with block rows k.
 
     Args:
-        router: (R, R + E), or (R,) for a diagonal one.
+        router: (R, R + E).
         grams: (K, R + E, R + E), scaled as the caller wants tasks and tokens weighted.
         ranks: Rows of each block.
         up_gram: (R, R), `B^T B`.
     """
-    if router.ndim == 1:
-        grams = grams[:, : len(router), : len(router)]
-        weighted = up_gram * router[None, :]
-        form = router[:, None] * weighted
-    else:
-        weighted = up_gram @ router
-        form = router.T @ weighted
+    weighted = up_gram @ router
+    form = router.T @ weighted
     whole = grams.flatten(1) @ form.flatten()
     errors, energies = [], []
     for k, rows in enumerate(block_slices(ranks)):
@@ -101,12 +124,8 @@ def crosstalk(router: Tensor, grams: Tensor, ranks: Sequence[int], up_gram: Tens
     """Energy of branch j under task i, (K tasks, K branches); not normalised, so layers add up."""
     columns = []
     for rows in block_slices(ranks):
-        own = up_gram[rows, rows]
-        if router.ndim == 1:
-            form, seen = router[rows, None] * own * router[None, rows], grams[:, rows, rows]
-        else:
-            form, seen = router[rows].T @ (own @ router[rows]), grams
-        columns.append(seen.flatten(1) @ form.flatten())
+        form = router[rows].T @ (up_gram[rows, rows] @ router[rows])
+        columns.append(grams.flatten(1) @ form.flatten())
     return torch.stack(columns, dim=1).clamp_min(0)
 
 

@@ -16,7 +16,7 @@ from helpers import (
 )
 
 from ssr_core import GainsMerge, SSRMerge, Target, merge
-from ssr_core.diagnostics import crosstalk, routing_error, separability
+from ssr_core.diagnostics import block_energies, crosstalk, routing_error, scaling_error, separability
 from ssr_core.report import LayerReport, MergeReport
 from ssr_core.router import anchor_router, block_slices, gains, guide, pooled
 
@@ -86,12 +86,15 @@ def test_guide_and_gains_by_hand():
     assert torch.equal(anchor_router("gains", unseen, RANKS), torch.eye(R, dtype=F64))
 
 
-def test_diagonal_routers_may_be_given_as_vectors():
-    diagonal, up_gram = randn(11, R), UPS.T @ UPS
-    full, short = (routing_error(m, GRAMS, RANKS, up_gram) for m in (torch.diag(diagonal), diagonal))
+def test_routers_that_only_scale_the_loras_agree_with_the_general_formula():
+    up_gram, wide = UPS.T @ UPS, torch.cat([GRAMS, randn(12, 3, R, 2)], dim=2)
+    wide = torch.cat([wide, torch.cat([wide[:, :, R:].transpose(1, 2), torch.ones(3, 2, 2, dtype=F64)], 2)], dim=1)
+    energies = block_energies(wide, RANKS, up_gram)
+    assert rel(energies.diagonal(dim1=1, dim2=2), crosstalk(torch.eye(R, dtype=F64), GRAMS, RANKS, up_gram)) < 1e-12
+    factors = torch.tensor([0.3, -1.2, 2.0], dtype=F64)
+    full = routing_error(torch.diag(factors.repeat_interleave(torch.tensor(RANKS))), GRAMS, RANKS, up_gram)
+    short = scaling_error(energies, factors)
     assert rel(short.error, full.error) < 1e-12 and rel(short.energy, full.energy) < 1e-12
-    one, two = (crosstalk(m, GRAMS, RANKS, up_gram) for m in (torch.diag(diagonal), diagonal))
-    assert rel(two, one) < 1e-12
 
 
 TASKS = conflicting_tasks(3, 7, 10, 3, seed=2)
