@@ -78,13 +78,19 @@ def _times(cell: Cell, times: dict[str, list[float]]) -> dict[str, Row]:
         unjudged = [a + b - c for a, b, c in zip(calibrate, times["unjudged"], bare, strict=True)]
         rows["merge_time_over_published"] = {
             **cell.name,
-            **over(ours, theirs).json(),
+            **_overhead(ours, theirs),
             "overhead_seconds": Spread.of(ours).json()["median"],
             "published_overhead_seconds": Spread.of(theirs).json()["median"],
             "whole_over_whole": over(whole, times["published"]).json()["median"],
-            "without_judging": over(unjudged, theirs).json()["median"],
+            "without_judging": _overhead(unjudged, theirs)["median"],
         }
     return rows
+
+
+def _overhead(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """Small differences over the median of others: within one repetition either may drown in noise."""
+    middle = Spread.of(theirs).median
+    return Spread.of([one / middle for one in ours]).json()
 
 
 def _memory(cell: Cell, bench: Workbench) -> dict[str, Row]:
