@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .combining import RUNS
-from .errors import CalibrationError, FileError
+from .errors import CalibrationError, FileError, IncompatibleError
+from .scenes import parse_scenes, scenes_of, settings_with_scenes
 from .signals.record_header import read_options
 from .signals.sketch import RecordOptions
 
@@ -67,16 +68,42 @@ def read_runs(
         if RECORDS in run["settings"]:
             raise _lost(name, "a part of it was put together from records")
         hashes = _hashes(sources, name)
-        scenes = run["settings"].get("joint_prompts") or run["settings"].get("neutral_prompts")
-        if scenes and run.get("order") != hashes:
-            raise _lost(name, "a part of it has joint or neutral prompts, and its LoRAs stood in another order there")
+        settings_of_run = _in_order(run, hashes, [one["name"] for one in sources], name)
         prompts = _prompts_of(run, name)
         silent = [one["name"] for one, sha256 in zip(sources, hashes, strict=True) if sha256 not in prompts]
         if silent:
             raise _lost(name, f"its runs do not say the prompts of {silent[0]}")
-        given = {**(absent or {}), **run["settings"]}
+        given = {**(absent or {}), **settings_of_run}
         found.append(Run(given, tuple(prompts[sha256] for sha256 in hashes), float(run["weight"])))
     return tuple(found)
+
+
+def _in_order(run: Mapping[str, Any], hashes: Sequence[str], names: Sequence[str], name: str) -> Mapping[str, Any]:
+    """Settings of one run whose joint prompts name the LoRAs by their numbers here, where those of then differed.
+
+    Args:
+        run: The run.
+        hashes: Contents of the LoRAs, in their order here.
+        names: Their names.
+        name: Of the file, for errors.
+    """
+    settings: Mapping[str, Any] = run["settings"]
+    joint, neutral = (_lines(settings.get(key, ())) for key in ("joint_prompts", "neutral_prompts"))
+    order = run.get("order")
+    if order == hashes or not (joint or neutral):
+        return settings
+    if not isinstance(order, list) or not set(hashes) <= set(order):
+        raise _lost(name, "a part of it has joint or neutral prompts, and does not say of which LoRAs")
+    try:
+        scenes = parse_scenes(joint, neutral, order)
+    except IncompatibleError as err:
+        raise _lost(name, f"the joint prompts of a part make no sense ({err.what})") from err
+    _, kept = scenes_of(scenes, [order.index(one) for one in hashes])
+    return settings_with_scenes(settings, kept, names)
+
+
+def _lines(given: str | Sequence[str]) -> list[str]:
+    return given.splitlines() if isinstance(given, str) else list(given)
 
 
 def _prompts_of(run: Mapping[str, Any], name: str) -> dict[str, tuple[str, ...]]:

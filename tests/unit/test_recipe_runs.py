@@ -192,16 +192,24 @@ def test_runs_that_cannot_be_made_again_are_refused_with_the_reason(tmp_path):
     assert len(runs) == 2
 
 
-def test_joint_prompts_of_a_run_need_its_loras_in_their_order():
-    tasks, scenes = recorded_tasks(2), (Scene("two", (0, 1)),)
-    parts = [run_of(tasks, [("a",), ("b",)], {"seed": seed, "sampled_tokens": 0}) for seed in range(2)]
+def test_joint_prompts_of_a_run_name_the_same_loras_in_any_order():
+    tasks, scenes = recorded_tasks(3), (Scene("two", (0, 2)), Scene("nobody"))
+    parts = [run_of(tasks, [("a",), ("b",), ("c",)], {"seed": seed, "sampled_tokens": 0}) for seed in range(2)]
     parts = [replace(one, stats={}, stack_tasks={}, signatures={}) for one in parts]  # what they saw is no matter
-    parts[1] = replace(parts[1], scenes=scenes, settings={**parts[1].settings, "joint_prompts": ["[1, 2] two"]})
+    lines = {"joint_prompts": ["[1, 3] two"], "neutral_prompts": ["nobody"]}
+    parts[1] = replace(parts[1], scenes=scenes, settings={**parts[1].settings, **lines})
     _, value, recipe = recipe_of(tasks, combine(parts))
-    found = {run.settings["seed"]: run.settings.get("joint_prompts") for run in recipe.runs}
-    assert found == {0: None, 1: ["[1, 2] two"]}
-    value["sources"].reverse()
-    refused(value, "stood in another order")
+    seen = lambda recipe: {run.settings["seed"]: run.settings.get("joint_prompts") for run in recipe.runs}  # noqa: E731
+    assert seen(recipe) == {0: None, 1: ["[1, 3] two"]}
+    value["sources"] = [value["sources"][index] for index in (1, 2, 0)]
+    moved = parse_recipe(value, "m", recorded=True)
+    assert seen(moved) == {0: None, 1: ["[2, 3] two"]}
+    assert [run.settings["neutral_prompts"] for run in moved.runs if run.settings["seed"]] == [["nobody"]]
+    value["sources"] = value["sources"][:2]
+    assert seen(parse_recipe(value, "m", recorded=True)) == {0: None, 1: []}, "who is gone takes part in nothing"
+    for run in value["calibration"]["settings"]["runs"]:
+        run["order"] = [tasks[0].adapter.fingerprint]
+    refused(value, "does not say of which LoRAs")
 
 
 def test_joint_prompts_of_a_run_keep_their_loras_where_a_sum_puts_these_in_another_order():
