@@ -61,7 +61,7 @@ def _video(d: int, tokens: int, frames: int) -> Shape:
 def cpu() -> Grid:
     """The CPU's grid."""
     small = [
-        Cell(_image(1024, 1024), count, rank, 7, True, (count, rank) in ((2, 16), (2, 128), (4, 32), (9, 32)))
+        Cell(_image(1024, 1024), count, rank, 5, True, (count, rank) in ((2, 16), (2, 128), (4, 32), (9, 32)))
         for count in (2, 4, 9)
         for rank in (16, 32, 128)
     ]
