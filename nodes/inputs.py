@@ -145,6 +145,23 @@ def scene_inputs() -> list[io.Input]:
     ]
 
 
+def joint_weight_input() -> io.Input:
+    """Came later than the rest of the solve's settings, so it stands last in its nodes."""
+    return io.Float.Input(
+        "joint_weight",
+        default=_DEFAULTS.joint_weight,
+        min=0.0,
+        max=100.0,
+        step=0.5,
+        round=0.001,
+        optional=True,
+        advanced=True,
+        tooltip="ssr: how much joint prompts count against each LoRA's own. More makes pictures that show several LoRAs "
+        f"better and those of one LoRA worse; {_DEFAULTS.joint_weight:g} recommended. Costs nothing: only the solve runs "
+        "again. No effect without joint prompts.",
+    )
+
+
 def solve_inputs() -> list[io.Input]:
     """Advanced settings of the solve."""
     return [

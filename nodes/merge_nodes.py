@@ -14,6 +14,7 @@ from .inputs import (
     MODEL_TIP,
     SSR_CALIBRATION,
     calibration_inputs,
+    joint_weight_input,
     lora_sockets,
     merge_outputs,
     optional_calibration_inputs,
@@ -58,6 +59,7 @@ class SSRMergeNode(io.ComfyNode):
                 *solve_inputs(),
                 sample_input(),
                 *scene_inputs(),
+                joint_weight_input(),
             ],
             outputs=[
                 *merge_outputs(),
@@ -139,6 +141,7 @@ class SSRSolve(io.ComfyNode):
                 ),
                 lora_sockets(minimum=0),
                 *solve_inputs(),
+                joint_weight_input(),
             ],
             outputs=[
                 *merge_outputs(),

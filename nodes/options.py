@@ -158,7 +158,8 @@ def moment_options(values: Mapping[str, Any]) -> MomentOptions:
 def solve_method(values: Mapping[str, Any]) -> MergeMethod:
     """The method of a `mode` input; all but ssr keep the defaults of their parameters there."""
     if values["mode"] == SSRMerge.name:
-        return SSRMerge(values["ridge"], cast(Anchor, values["anchor"]), values["balance"])
+        weight = values.get("joint_weight", SSRMerge.joint_weight)  # nodes and workflows without the input
+        return SSRMerge(values["ridge"], cast(Anchor, values["anchor"]), values["balance"], joint_weight=weight)
     return METHODS[values["mode"]]()
 
 

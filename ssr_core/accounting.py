@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .diagnostics import RoutingError, block_energies, crosstalk, routing_error, scaling_error
+from .diagnostics import RoutingError, block_energies, crosstalk, gram_of, routing_error, scaling_error
 from .file_account import FileAccount, KeyFate, count_fates
 from .gram import GramStats
 from .layer_report import LayerReport, LayerStatus
@@ -57,8 +57,7 @@ def layer_report(
     if not seen or view is None or view.grams is None or view.ups.shape[1] == 0:
         return report
     grams = pooled(view.grams, stats.tokens.to(view.grams.device), balanced=True)
-    ups = view.ups.to(torch.float64)
-    up_gram = ups.T @ ups  # of the stack alone: the judged answer has the same
+    up_gram = gram_of(view.ups)  # of the stack alone: the judged answer has the same
     energies = block_energies(grams, view.ranks, up_gram)
     seen_errors = _errors(view, up_gram, grams, energies, gains(grams, view.ranks))
     report = replace(

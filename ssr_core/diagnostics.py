@@ -45,6 +45,15 @@ class RoutingError:
         return values
 
 
+def gram_of(ups: Tensor) -> Tensor:
+    """W = B^T B, (R, R) float64, of the stacked ups (rows, R).
+
+    Float32 ups are multiplied in float32: all errors here are those of a symmetric W that near, nothing cancels.
+    """
+    product = (ups.T @ ups).to(torch.float64)
+    return (product + product.T) / 2
+
+
 def block_energies(grams: Tensor, ranks: Sequence[int], up_gram: Tensor) -> Tensor:
     """What branches a and b put out in common under task i, `<W_ab, [S_i]_ab>`: (K tasks, K, K).
 

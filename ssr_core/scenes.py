@@ -3,8 +3,8 @@
 A router that has seen each LoRA alone keeps one LoRA where several are wanted (a subject in a style, two
 subjects in one picture). A scene's pass runs with all of its LoRAs active as a plain sum, and the sum of
 their branches is what the router should give there; under a neutral prompt nobody acts, and it should
-give nothing. With J the second moments of a scene, P the selector of its LoRAs' rows and w their number (1
-for a neutral prompt: each LoRA counts as much as under a prompt of its own),
+give nothing. With J the second moments of a scene, P the selector of its LoRAs' rows and w its weight (their
+number times `SSRMerge.joint_weight`; 1 for a neutral prompt, which counts as one LoRA's own),
 
     G = sum_k S_k + sum_j w_j J_j,      Q = sum_k E_k S_k + sum_j w_j P_j J_j.
 """
@@ -74,7 +74,7 @@ class SceneStats:
 
     @property
     def weights(self) -> Tensor:
-        """(J,) float64: how many tasks each scene weighs as much as."""
+        """(J,) float64: the number of LoRAs that act in each scene, at least 1; methods may weigh joint ones more."""
         return self.active.sum(dim=1).clamp_min(1).double()
 
     def choose(self, scenes: Sequence[int]) -> SceneStats | None:

@@ -34,7 +34,7 @@ class Sampling:
         prompts: Captions of each task; None is the one that the LoRA was trained with.
         noise: "same" for every task, or "other".
         sample: How many whole inputs are kept; None for none.
-        joint: How often the case's joint prompts are calibrated on; more often is more weight.
+        joint: Also calibrate on the case's joint prompts.
         neutral: Also calibrate on so many prompts that name no LoRA.
     """
 
@@ -44,7 +44,7 @@ class Sampling:
     prompts: tuple[tuple[str, ...], ...] | None = None
     noise: str = "same"
     sample: SampleOptions | None = field(default_factory=SampleOptions)
-    joint: int = 0
+    joint: bool = False
     neutral: int = 0
 
 
@@ -114,7 +114,7 @@ class Case:
     def scenes(self, sampling: Sampling) -> tuple[Scene, ...]:
         """Joint and neutral prompts of a calibration."""
         everyone = tuple(range(len(self.loras)))
-        joint = [Scene(prompt, everyone) for prompt in self.joint for _ in range(sampling.joint)]
+        joint = [Scene(prompt, everyone) for prompt in self.joint if sampling.joint]
         chooser = random.Random(19000 + self.seed)
         return (*joint, *(Scene(scene_caption(base_scene(chooser)[0])) for _ in range(sampling.neutral)))
 

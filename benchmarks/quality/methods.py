@@ -91,12 +91,13 @@ def compared(sampling: Sampling) -> dict[str, Method]:
 
 def told(sampling: Sampling) -> dict[str, Method]:
     """Methods that also see the prompt that shows all of the LoRAs."""
-    joint = replace(sampling, joint=1)
+    joint = replace(sampling, joint=True)
     return {
         "RegMean, joint prompt": with_joint(regmean, sampling),
         "SSR (ours, joint prompt, without refinement)": engine(SSRMerge(refine=False), joint),
         "SSR (ours, joint prompt)": engine(SSRMerge(), joint),
-        "SSR (ours, joint prompt written four times)": engine(SSRMerge(), replace(joint, joint=4)),
+        "SSR (ours, joint prompt of weight 1)": engine(SSRMerge(joint_weight=1), joint),
+        "SSR (ours, joint prompt of weight 16)": engine(SSRMerge(joint_weight=16), joint),
         "SSR (ours, joint and two neutral prompts)": engine(SSRMerge(), replace(joint, neutral=2)),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,8 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..diagnostics import scene_errors
-from ..errors import SolveError
+from ..diagnostics import gram_of, scene_errors
+from ..errors import IncompatibleError, SolveError
 from ..gram import GramStats
 from ..refinement import refine, sampled_grams
 from ..router import Anchor, anchor_router, correlation, guide, pooled, pooled_scenes, solve, with_scenes
@@ -29,8 +30,8 @@ NEUTRAL = "effect left on prompts under which no LoRA of the layer acts"
 class SSRMerge:
     """Least-squares router, ridge relative to the mean signal, pulled toward an anchor.
 
-    Joint and neutral prompts (`scenes`) take part where calibration had some; each counts as much as
-    the LoRAs that act in it.
+    Joint and neutral prompts (`scenes`) take part where calibration had some; a neutral prompt counts as
+    much as one LoRA's own.
 
     Attributes:
         ridge: Fraction of the mean diagonal of G that is added to its diagonal; 0 is plain least squares
@@ -39,6 +40,12 @@ class SSRMerge:
         balance: Weight tasks equally instead of by their number of tokens.
         refine: Correct the downs by what the sampled inputs show outside of the LoRAs' own coordinates
             (`refinement`); does nothing where calibration kept no samples.
+        joint_weight: How much a joint prompt counts: this times the number of its LoRAs (not balanced: of its
+            tokens). More brings pictures that show them together nearer to their sum, and costs some of each
+            LoRA's own prompts.
+
+    Raises:
+        IncompatibleError: `joint_weight` is negative or not finite.
     """
 
     name: ClassVar[str] = "ssr"
@@ -48,6 +55,13 @@ class SSRMerge:
     anchor: Anchor = "sum"
     balance: bool = True
     refine: bool = True
+    joint_weight: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not (self.joint_weight >= 0 and math.isfinite(self.joint_weight)):
+            raise IncompatibleError(
+                f"joint_weight is {self.joint_weight}.", remedy="use a number from 0 (joint prompts do not count) on."
+            )
 
     def merge(
         self, stacks: Sequence[LayerStack], stats: Sequence[GramStats | None], device: torch.device
@@ -95,26 +109,27 @@ class SSRMerge:
         self, stack: LayerStack, problem: CanonicalProblem, stats: GramStats | None, router: Tensor, condition: float
     ) -> MergedFactors:
         """Routed factors; with a correction the router goes into the downs instead of the ups."""
-        plain = absorb(stack, problem, router, condition)
         if stats is None or not len(router):
-            return plain
+            return absorb(stack, problem, router, condition)
         seen = stats.scenes
         sampled = stats.samples is not None and (seen is None or seen.samples is not None)
-        if not (self.refine and sampled):
-            return plain if seen is None else replace(plain, measures=_scenes_measured(problem, seen, router))
-        refined = self._refined(stack, problem, stats, router, condition)
-        return plain if refined is None else refined
+        refined = self._refined(stack, problem, stats, router, condition) if self.refine and sampled else None
+        if refined is not None:
+            return refined
+        measures = {} if seen is None else _scenes_measured(problem, seen, router)
+        return replace(absorb(stack, problem, router, condition), measures=measures)
 
     def _refined(
         self, stack: LayerStack, problem: CanonicalProblem, stats: GramStats, router: Tensor, condition: float
     ) -> MergedFactors | None:
         assert stats.samples is not None
-        ups = problem.ups.to(torch.float64)
-        up_gram, basis = ups.T @ ups, problem.basis(stack, torch.float64)
+        up_gram, basis = gram_of(problem.ups), problem.basis(stack, torch.float64)
         seen = stats.scenes
-        chosen = router[:0] if seen is None else selectors(seen.active.to(ups.device), problem.ranks)
-        scenes = [] if seen is None else list(zip(seen.samples or (), chosen, seen.weights.tolist(), strict=True))
-        found = refine(stats.samples, basis, problem.ranks, router, up_gram, scenes)
+        chosen = router[:0] if seen is None else selectors(seen.active.to(router.device), problem.ranks)
+        weights = [] if seen is None else (self._emphasis(seen) * seen.weights).tolist()
+        scenes = list(zip(() if seen is None else seen.samples or (), chosen, weights, strict=True))
+        counting = [one for one in scenes if one[-1] > 0]
+        found = refine(stats.samples, basis, problem.ranks, router, up_gram, counting)
         if found is None:
             return None
         down = (router @ basis + found.down).to(problem.ups.dtype)
@@ -126,6 +141,10 @@ class SSRMerge:
             measures |= _measures(wide, sampled_grams([sample for sample, *_ in scenes], rows), chosen, up_gram)
         view = RouterView(wide, problem.ups, problem.ranks, grams, rows=rows)
         return MergedFactors(down, problem.ups, view, condition, measures)
+
+    def _emphasis(self, seen: SceneStats) -> Tensor:
+        """(J,) float64: what each scene's own weight is multiplied by; nothing changes for neutral prompts."""
+        return 1 + (self.joint_weight - 1) * seen.active.any(dim=1).double()
 
     def _terms(self, problem: CanonicalProblem, stats: GramStats | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Q, G, R0 and mu of one layer; a layer without data is its anchor."""
@@ -140,6 +159,7 @@ class SSRMerge:
             scenes = pooled_scenes(
                 problem.scenes, seen.tokens.to(g), seen.weights.to(g), stats.tokens.to(g), self.balance
             )
+            scenes = scenes * self._emphasis(seen).to(g)[:, None, None]
             q, g = with_scenes(q, g, scenes, selectors(seen.active.to(g.device), problem.ranks))
         g = (g + g.T) / 2
         own = g.diagonal()
@@ -153,9 +173,8 @@ def _scenes_measured(problem: CanonicalProblem, seen: SceneStats, router: Tensor
     """Errors of a router that is not refined, from the scenes' second moments."""
     if problem.scenes is None:
         return {}
-    ups = problem.ups.to(torch.float64)
-    mean = pooled(problem.scenes, seen.tokens.to(ups.device), balanced=True)
-    return _measures(router, mean, selectors(seen.active.to(ups.device), problem.ranks), ups.T @ ups)
+    mean = pooled(problem.scenes, seen.tokens.to(router.device), balanced=True)
+    return _measures(router, mean, selectors(seen.active.to(router.device), problem.ranks), gram_of(problem.ups))
 
 
 def _measures(router: Tensor, grams: Tensor, chosen: Tensor, up_gram: Tensor) -> dict[str, float]:

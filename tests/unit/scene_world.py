@@ -45,10 +45,16 @@ def merged(calibration, method=None, tasks=TASKS):
     return result.layers[LAYER].delta(F64), result.report
 
 
-def least_squares(tokens, seen, scenes, ridge=0.01, tasks=TASKS):
+def mass(acting, weight=SSRMerge.joint_weight):
+    """What a pass in which these LoRAs act weighs."""
+    return weight * len(acting) if len(acting) > 1 else 1
+
+
+def least_squares(tokens, seen, scenes, ridge=0.01, tasks=TASKS, weight=SSRMerge.joint_weight):
     """The router by lstsq.
 
-    Every pass weighs as many LoRAs as act in it (at least 1); `ridge` of the mean signal pulls toward the plain sum.
+    Every pass weighs as many LoRAs as act in it (at least 1), a joint one `weight` times that. `ridge` of the
+    mean signal pulls toward the plain sum.
     """
     coordinates = [svd_coordinates(*pair) for pair in factors_of(tasks)]
     basis, ups = torch.cat([v for v, _ in coordinates]), torch.cat([b for _, b in coordinates], dim=1)
@@ -57,7 +63,7 @@ def least_squares(tokens, seen, scenes, ridge=0.01, tasks=TASKS):
     passes += [(x, scene.tasks) for x, scene in zip(seen, scenes, strict=True)]
     left, right = [], []
     for x, acting in passes:
-        z = x @ basis.T * (max(1, len(acting)) / len(x)) ** 0.5
+        z = x @ basis.T * (mass(acting, weight) / len(x)) ** 0.5
         left.append(z)
         right.append(z * torch.isin(owner, torch.tensor(acting, dtype=torch.int64)))
     mu = ridge * sum(z.square().sum() for z in left) / len(basis)

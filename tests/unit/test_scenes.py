@@ -14,12 +14,13 @@ from helpers import (
     rel,
     task,
 )
-from scene_world import IN, OUT, RANK, SCENES, SEEN, TASKS, TOKENS, calibrated, least_squares, merged
+from scene_world import IN, OUT, RANK, SCENES, SEEN, TASKS, TOKENS, calibrated, least_squares, mass, merged
 from torch import nn
 
 from ssr_core import (
     CalibrationError,
     CompressOptions,
+    IncompatibleError,
     PaperMerge,
     SampleOptions,
     Scene,
@@ -39,6 +40,40 @@ def test_router_is_the_least_squares_answer_over_all_passes():
     found, _ = merged(calibrated())
     assert rel(found, least_squares(TOKENS, SEEN, SCENES)) < 1e-10
     assert rel(found, least_squares(TOKENS, [], ())) > 1e-2
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 5.0])
+def test_joint_prompts_weigh_what_the_method_says(weight):
+    found, _ = merged(calibrated(), SSRMerge(refine=False, joint_weight=weight))
+    assert rel(found, least_squares(TOKENS, SEEN, SCENES, weight=weight)) < 1e-10
+
+
+def test_the_weight_counts_tokens_where_loras_are_not_balanced():
+    twice = calibrated(seen=[*(torch.cat([x, x]) for x in SEEN[:2]), SEEN[2]])
+    found, _ = merged(calibrated(), SSRMerge(refine=False, balance=False, joint_weight=2))
+    assert rel(found, merged(twice, SSRMerge(refine=False, balance=False, joint_weight=1))[0]) < 1e-12
+
+
+def test_a_joint_prompt_of_weight_0_is_as_none():
+    sample = {"sample": SampleOptions(1000, most=10_000)}
+    found, _ = merged(calibrated(**sample), SSRMerge(joint_weight=0))
+    without, _ = merged(calibrated(scenes=SCENES[2:], seen=SEEN[2:], **sample), SSRMerge())
+    assert rel(found, without) < 1e-10
+
+
+def test_more_weight_brings_joint_prompts_nearer_and_the_others_farther():
+    calibration = calibrated(sample=SampleOptions(1000, most=10_000))
+    reports = [merged(calibration, SSRMerge(joint_weight=weight))[1] for weight in (0.1, 1.0, 10.0)]
+    joint = [report.layers[0].measures[JOINT] for report in reports]
+    own = [report.reconstruction_error() for report in reports]
+    assert joint == sorted(joint, reverse=True) and joint[2] < 0.5 * joint[0]
+    assert own == sorted(own) and own[0] < 0.9 * own[2]
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_weights_that_mean_nothing_are_refused(weight):
+    with pytest.raises(IncompatibleError, match="joint_weight"):
+        SSRMerge(joint_weight=weight)
 
 
 @pytest.mark.parametrize("number", range(len(SCENES)))
@@ -113,7 +148,7 @@ def test_refinement_is_the_regression_of_what_is_left_on_all_inputs():
     passes += [(x, scene.tasks) for x, scene in zip(SEEN, SCENES, strict=True)]
     inputs, lacks = [], []
     for x, acting in passes:
-        scale = (max(1, len(acting)) / len(x)) ** 0.5
+        scale = (mass(acting) / len(x)) ** 0.5
         wanted = sum((deltas[k] for k in acting), torch.zeros(OUT, IN, dtype=F64))
         inputs.append(scale * x)
         lacks.append(scale * x @ (wanted - plain).T)
