@@ -90,8 +90,8 @@ def bytes_to_solve(stack: LayerStack, sampled: int = 0, scenes: int = 0) -> int:
 
 
 def layers_at_once(largest: int) -> int:
-    """Layers that a merge solves at once, by the bytes that the largest needs: about 512 MiB."""
-    return max(1, min(LAYERS_AT_ONCE, (1 << 29) // max(1, largest)))
+    """Layers that a merge solves at once, by the bytes that the largest needs: about 128 MiB."""
+    return max(1, min(LAYERS_AT_ONCE, (1 << 27) // max(1, largest)))
 
 
 def moments_need(layers: Sequence[InputLayer], options: MomentOptions, tasks: int) -> MemoryNeed:
