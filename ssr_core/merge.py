@@ -17,13 +17,14 @@ from .calibration import Calibration
 from .canonical import balance
 from .errors import IncompatibleError, SolveError
 from .finite import all_finite
+from .joint_advice import together
 from .judging import judged
 from .lookup import Statistics, Unseen
 from .memory import layers_at_once
 from .methods import MergedFactors, MergeMethod, RoleMethod, routes
 from .report import LayerReport, MergeReport
 from .stacks import LayerStack, Task, build_stacks
-from .suggestions import suggestions, together
+from .suggestions import suggestions
 from .targets import Target
 
 Unsupported = Literal["refuse", "pass_through"]
@@ -133,8 +134,7 @@ def merge(
         apart={pair: median(values) for pair, values in apart.items()},
     )
     settings = {} if calibration is None else calibration.settings
-    routed = routes(method)
-    more = together(report, tasks, calibration, routed)
+    more = together(report, tasks, calibration, method)
     report = replace(report, advice=(*suggestions(report, settings, method), *more))
     return MergeResult(*_one_change_each(layers, _sum_vectors(tasks, out_dtype)), report)
 

@@ -7,17 +7,14 @@ and is silent where that number is fine.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from statistics import median
 
 from .advice import SAME_SIGNAL
-from .calibration import Calibration
 from .compatibility import APART, FIGHTING, MEETING, balancing, loudness
 from .methods import AverageMerge, GainsMerge, MergeMethod, SSRMerge, SumMerge, routes
 from .report import MergeReport
 from .sampling import SampleOptions
-from .scenes import scenes_of
-from .stacks import Task
 
 LOUD = 4.0
 """Energy of one LoRA over that of the others (or the other way round) from which its strength is worth changing."""
@@ -228,18 +225,3 @@ def _much_left(report: MergeReport, settings: Mapping[str, object], method: Merg
         ways.append(f"calibrate with sampled_tokens {SampleOptions().tokens}")
     ways.append("put OSRM Refit (mode contrast) between the SSR LoRA nodes and the calibration")
     return [f"Much is lost even so (error {error:.2f}). {a} and {b} fight most{where}: {', or '.join(ways)}."]
-
-
-def together(report: MergeReport, tasks: Sequence[Task], calibration: Calibration | None, routed: bool) -> list[str]:
-    """What to do for pictures that show several of the LoRAs, where calibration has seen each one alone."""
-    if not routed or calibration is None or len(report.tasks) < 2:
-        return []
-    if any(scene.tasks for scene in scenes_of(calibration.scenes, calibration.match_active(tasks))[1]):
-        return []
-    if math.isnan(report.reconstruction_error()):
-        return []
-    return [
-        "Calibration saw each LoRA alone. For several of them in one picture (two subjects, a subject in a style) "
-        "write that prompt into joint_prompts of SSR Merge or SSR Calibrate and run that; without it routing tends to "
-        "keep one of them."
-    ]

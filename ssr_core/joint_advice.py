@@ -1,0 +1,51 @@
+"""What to do for pictures that show several LoRAs at once, in plain words with the values to set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median
+
+from .calibration import Calibration
+from .methods import MergeMethod, SSRMerge, routes
+from .methods.ssr import JOINT
+from .report import MergeReport
+from .scenes import scenes_of
+from .stacks import Task
+
+LOST_TOGETHER = 0.1
+"""Relative error of the typical layer on joint prompts from which one of several LoRAs may be missed."""
+
+MOST_WEIGHT = 100.0
+"""What the input joint_weight of the nodes takes at most."""
+
+
+def together(
+    report: MergeReport, tasks: Sequence[Task], calibration: Calibration | None, method: MergeMethod
+) -> list[str]:
+    """What to do for pictures that show several of the LoRAs: calibrate on them, or let that count for more."""
+    if not routes(method) or calibration is None or len(report.tasks) < 2:
+        return []
+    if math.isnan(report.reconstruction_error()):
+        return []
+    if any(scene.tasks for scene in scenes_of(calibration.scenes, calibration.match_active(tasks))[1]):
+        return _more_weight(report, method)
+    return [
+        "Calibration saw each LoRA alone. For several of them in one picture (two subjects, a subject in a style) "
+        "write that prompt into joint_prompts of SSR Merge or SSR Calibrate and run that; without it routing tends to "
+        "keep one of them."
+    ]
+
+
+def _more_weight(report: MergeReport, method: MergeMethod) -> list[str]:
+    errors = [layer.measures[JOINT] for layer in report.layers if JOINT in layer.measures]
+    if not isinstance(method, SSRMerge) or not errors or median(errors) < LOST_TOGETHER:
+        return []
+    higher = 4 * method.joint_weight or SSRMerge.joint_weight
+    if higher > MOST_WEIGHT:
+        return []
+    return [
+        f"Under joint prompts the typical layer misses {100 * median(errors):.0f} % of what its LoRAs give together. "
+        f"If one of them is weak in such pictures, raise joint_weight from {method.joint_weight:g} to {higher:g}; each "
+        "LoRA alone then loses a little, and only the solve runs again."
+    ]
