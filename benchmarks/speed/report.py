@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .grid import LEFT_OUT, PAPER_SECONDS
@@ -18,7 +19,7 @@ def page(found: dict[str, Any], stem: str) -> str:
     if found["toy"]:
         parts.append("**Toy sizes: this only shows that the code runs.**")
     elif "gpu" not in found["machine"]:
-        parts.append(LEFT_OUT)
+        parts += [LEFT_OUT, Path(__file__).with_name("findings.md").read_text(encoding="utf-8").strip()]
     parts += [CALIBRATION, _calibration(found["calibration_over_forward"]), f"![calibration]({stem}_calibration.png)"]
     parts += ["A video's tokens, attention within frames:", _calibration(found["video"])]
     parts += [PUBLISHED, _published(found["merge_time_over_published"]), f"![published]({stem}_published.png)"]

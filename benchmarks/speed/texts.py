@@ -19,11 +19,11 @@ PUBLISHED = """## Against the published algorithm
 
 Followed literally from its description: a clone of all weights copied back for each LoRA (once a task; the authors'
 code does it twice), dense deltas added, Grams copied to the host in every hook call and summed there in float64, a
-general solver layer by layer. *Overhead* is the whole merge less K bare passes,
-over the median of the published one's. Ours has a report in it, and solves
-every layer a second time to judge it by tokens that were held out, which the published one does not do; *not judged*
-leaves that second solve out (`merge(judge=False)`). *Routers* is the largest relative difference between the published
-routers and those of the engine's mode `paper` and calibration: both do the same."""
+general solver layer by layer. *Overhead* is the whole merge less K bare passes, over the median of the published one's.
+Ours has a report in it, and solves every layer a second time to judge it by tokens that were held out, which the
+published one does not do; *not judged* leaves that second solve out (`merge(judge=False)`). *Routers* is the largest
+relative difference between the published routers and those of the engine's mode `paper` and calibration: both do the
+same."""
 
 SAMPLING = """## Sampled inputs and refinement
 
