@@ -59,6 +59,7 @@ def compressed(
         loaded.tasks,
         calibration,
         balanced=getattr(origin.options.method, "balance", True),
+        joint_weight=getattr(origin.options.method, "joint_weight", 1.0),
         bytes_per_rank=lambda target, layer: sizes[target],
         device=host.compute_device(model),
         tick=lambda done, total: progress.at(begin + (1 - begin) * done / max(1, total)),

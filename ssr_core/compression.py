@@ -99,6 +99,7 @@ def compress(
     calibration: Calibration | None = None,
     *,
     balanced: bool = True,
+    joint_weight: float = 1.0,
     bytes_per_rank: BytesPerRank = plain_bytes,
     device: torch.device | None = None,
     tick: Callable[[int, int], None] = lambda done, total: None,
@@ -115,6 +116,7 @@ def compress(
         tasks: The LoRAs that were merged; without them no statistics are found.
         calibration: Their statistics.
         balanced: Weight tasks equally instead of by their number of tokens.
+        joint_weight: How much joint prompts count; that of the merge.
         bytes_per_rank: Size of one rank of a layer as the file will have it.
         device: Where to compute; None is the CPU.
         tick: Called with (layers done, layers in all); may raise to cancel.
@@ -132,7 +134,7 @@ def compress(
     found: list[_Candidate] = []
     for done, (target, layer) in enumerate(result.layers.items()):
         tick(done, len(result.layers))
-        seen, reason = _seen(target, layer, stacks, lookup, balanced, device)
+        seen, reason = _seen(target, layer, stacks, lookup, (balanced, joint_weight), device)
         found.append(_Candidate(target, layer, seen, reason, output_directions(layer, seen, device, options.ridge)))
     tick(len(found), len(found))
     fixed = sum(value.numel() * value.element_size() for value in result.vectors.values())
@@ -161,7 +163,7 @@ def _seen(
     layer: LoRALayer,
     stacks: Mapping[Target, LayerStack],
     lookup: Statistics,
-    balanced: bool,
+    weighting: tuple[bool, float],
     device: torch.device,
 ) -> tuple[Watched | None, str]:
     """A layer's inputs, or why they are not known."""
@@ -171,7 +173,7 @@ def _seen(
     if stack is None or len(stack.blocks) < 2:
         return None, "only one LoRA has the layer: calibration does not watch it"
     stats = lookup.of(stack)
-    seen = None if stats is None else watched(stack, stats, device, balanced)
+    seen = None if stats is None else watched(stack, stats, device, *weighting)
     if seen is None:
         return None, "the layer never ran in calibration for one of its LoRAs"
     outside = seen.coordinates(layer.down.to(seen.rows))[1]

@@ -46,12 +46,9 @@ class RoutingError:
 
 
 def gram_of(ups: Tensor) -> Tensor:
-    """W = B^T B, (R, R) float64, of the stacked ups (rows, R).
-
-    Float32 ups are multiplied in float32: all errors here are those of a symmetric W that near, nothing cancels.
-    """
-    product = (ups.T @ ups).to(torch.float64)
-    return (product + product.T) / 2
+    """W = B^T B, (R, R), of the stacked ups (rows, R), in float64: LoRAs that are nearly the same cancel in it."""
+    ups = ups.to(torch.float64)
+    return ups.T @ ups
 
 
 def block_energies(grams: Tensor, ranks: Sequence[int], up_gram: Tensor) -> Tensor:

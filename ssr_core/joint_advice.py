@@ -46,6 +46,6 @@ def _more_weight(report: MergeReport, method: MergeMethod) -> list[str]:
         return []
     return [
         f"Under joint prompts the typical layer misses {100 * median(errors):.0f} % of what its LoRAs give together. "
-        f"If one of them is weak in such pictures, raise joint_weight from {method.joint_weight:g} to {higher:g}; each "
-        "LoRA alone then loses a little, and only the solve runs again."
+        f"If one of them is weak in such pictures, raise joint_weight from {method.joint_weight:g} to {higher:g} "
+        "(SSR Solve does it without new passes); pictures of one LoRA alone then get worse."
     ]

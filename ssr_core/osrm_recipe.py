@@ -95,7 +95,11 @@ _INIT = _object(
 _REFIT = _object(
     {
         "mode": _says("How the LoRAs are refit, as in OSRM Refit.", enum=list(REFIT_MODES)),
-        "strength": _says("How much; 0 changes nothing; mode project takes up to 1.", type="number", minimum=0),
+        "strength": _says(
+            "How much; 0 changes nothing; mode project takes up to 1, mode analytic ignores it.",
+            type="number",
+            minimum=0,
+        ),
         "energy": _says("Share of the energy of the others' inputs that counts as theirs.", **_SHARE),
         "ridge": _says("Of mode contrast, as a share of the mean eigenvalue.", type="number", exclusiveMinimum=0),
         **_MOMENTS,

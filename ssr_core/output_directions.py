@@ -78,7 +78,9 @@ class Watched:
         return found, rest
 
 
-def watched(stack: LayerStack, stats: GramStats, device: torch.device, balanced: bool = True) -> Watched | None:
+def watched(
+    stack: LayerStack, stats: GramStats, device: torch.device, balanced: bool = True, joint_weight: float = 1.0
+) -> Watched | None:
     """What calibration knows about a stack's inputs; None where it saw nothing.
 
     Args:
@@ -86,6 +88,7 @@ def watched(stack: LayerStack, stats: GramStats, device: torch.device, balanced:
         stats: Its statistics.
         device: Where to compute.
         balanced: Weight tasks equally instead of by their number of tokens.
+        joint_weight: How much joint prompts count, as in `SSRMerge`.
     """
     if not stats.complete or stats.gram.shape[1] == 0:
         return None
@@ -95,7 +98,7 @@ def watched(stack: LayerStack, stats: GramStats, device: torch.device, balanced:
     if seen is not None:
         scenes = seen.gram.to(gram)
         more = pooled_scenes(scenes, seen.tokens.to(gram), seen.weights.to(gram), stats.tokens.to(gram), balanced)
-        gram = gram + correlation(more)
+        gram = gram + correlation(more * seen.emphasis(joint_weight).to(gram)[:, None, None])
     values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
     keep = values > _NOISE * torch.finfo(stats.gram.dtype).eps * values[-1]
     if not bool(values[-1] > 0) or not bool(torch.isfinite(values).all()):
@@ -103,16 +106,17 @@ def watched(stack: LayerStack, stats: GramStats, device: torch.device, balanced:
     root = vectors[:, keep] * values[keep].sqrt()
     tokens = None
     if stats.samples is not None and (seen is None or seen.samples is not None):
-        tokens = weighted_tokens(stats.all_samples, rows, _weights(stats, balanced))[0]
+        tokens = weighted_tokens(stats.all_samples, rows, _weights(stats, balanced, joint_weight))[0]
     return Watched(rows, root, float(gram.diagonal().mean()), tokens)
 
 
-def _weights(stats: GramStats, balanced: bool) -> list[float]:
+def _weights(stats: GramStats, balanced: bool, joint_weight: float) -> list[float]:
     """What the samples of tasks and scenes weigh: as their Grams do in `pooled` and `pooled_scenes`."""
     seen = stats.scenes
+    emphasis = stats.tokens[:0] if seen is None else seen.emphasis(joint_weight)
     if balanced:
-        return [*(1.0 for _ in stats.ranks), *([] if seen is None else seen.weights.tolist())]
-    counts = stats.tokens if seen is None else torch.cat([stats.tokens, seen.tokens])
+        return [*(1.0 for _ in stats.ranks), *([] if seen is None else (seen.weights * emphasis).tolist())]
+    counts = stats.tokens if seen is None else torch.cat([stats.tokens, seen.tokens * emphasis])
     shares: list[float] = (counts / stats.tokens.sum()).tolist()
     return shares
 

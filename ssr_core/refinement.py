@@ -92,7 +92,7 @@ def refine(
             weights, ridge, best = found[0], share, loss
     down = weights.T @ x
     grams = sampled_grams(samples[: len(ranks)], torch.cat([basis, down]))
-    return Refinement(down, ridge, float((best / energy).sqrt()), float((uncorrected / energy).sqrt()), grams)
+    return Refinement(down, ridge, _root(best / energy), _root(uncorrected / energy), grams)
 
 
 def sampled_grams(samples: Sequence[InputSample], rows: Tensor) -> Tensor:
@@ -133,6 +133,11 @@ def _left_out(kernel: Tensor, mu: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]
     inverse = torch.cholesky_inverse(factor)
     weights = inverse @ rest
     return weights, weights / inverse.diagonal()[:, None]
+
+
+def _root(share: Tensor) -> float:
+    """Relative error of a share of squared errors, which rounding may leave below zero."""
+    return float(share.clamp_min(0).sqrt())
 
 
 def _energy(signals: Tensor, up_gram: Tensor) -> Tensor:

@@ -115,6 +115,7 @@ class MergeReport:
                     "target": str(layer.target),
                     "part": layer.target.part,
                     "condition": _number(layer.condition),
+                    "measures": {name: _number(value) for name, value in layer.measures.items()},
                 }
                 for layer in self.layers
             ],

@@ -77,6 +77,10 @@ class SceneStats:
         """(J,) float64: the number of LoRAs that act in each scene, at least 1; methods may weigh joint ones more."""
         return self.active.sum(dim=1).clamp_min(1).double()
 
+    def emphasis(self, joint_weight: float) -> Tensor:
+        """(J,) float64: what `weights` are multiplied by. Nothing changes where no LoRA of the stack acts."""
+        return 1 + (joint_weight - 1) * self.active.any(dim=1).double()
+
     def choose(self, scenes: Sequence[int]) -> SceneStats | None:
         """Some of the scenes; None if that is none."""
         if not scenes:

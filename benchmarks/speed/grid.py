@@ -1,4 +1,4 @@
-"""What is measured: about fifteen minutes on two quiet CPU cores, seconds with `toy`; FLUX.1's dimensions on a GPU."""
+"""What is measured: about half an hour on two quiet CPU cores, seconds with `toy`; FLUX.1's dimensions on a GPU."""
 
 from __future__ import annotations
 

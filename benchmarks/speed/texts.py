@@ -4,8 +4,9 @@ INTRO = """# Speed and memory
 
 A transformer of a DiT's shape with random weights (joint attention, separate q, k, v, proj, MLP of 4 d) and LoRAs with
 random factors on every linear layer, through the engine's own calibrate and merge. All ratios are taken within
-one repetition, with the runs by turns; tables give the median and, in brackets, the least and the greatest. d is the
-width, N the tokens (an eighth of them text), K the number of LoRAs, r their rank, R = K r."""
+one repetition, with the runs by turns (those of overheads over a median); tables give the median and, in brackets, the
+least and the greatest. d is the width, N the tokens (an eighth of them text), K the number of LoRAs, r their rank,
+R = K r."""
 
 CALIBRATION = """## Calibration against bare forward passes
 

@@ -42,7 +42,7 @@ class SSRMerge:
             (`refinement`); does nothing where calibration kept no samples.
         joint_weight: How much a joint prompt counts: this times the number of its LoRAs (not balanced: of its
             tokens). More brings pictures that show them together nearer to their sum, and costs some of each
-            LoRA's own prompts.
+            LoRA's own prompts. A layer that has none of its LoRAs takes it as a neutral prompt.
 
     Raises:
         IncompatibleError: `joint_weight` is negative or not finite.
@@ -59,9 +59,7 @@ class SSRMerge:
 
     def __post_init__(self) -> None:
         if not (self.joint_weight >= 0 and math.isfinite(self.joint_weight)):
-            raise IncompatibleError(
-                f"joint_weight is {self.joint_weight}.", remedy="use a number from 0 (joint prompts do not count) on."
-            )
+            raise IncompatibleError(f"joint_weight is {self.joint_weight}.", remedy="use a number from 0 on.")
 
     def merge(
         self, stacks: Sequence[LayerStack], stats: Sequence[GramStats | None], device: torch.device
@@ -126,7 +124,7 @@ class SSRMerge:
         up_gram, basis = gram_of(problem.ups), problem.basis(stack, torch.float64)
         seen = stats.scenes
         chosen = router[:0] if seen is None else selectors(seen.active.to(router.device), problem.ranks)
-        weights = [] if seen is None else (self._emphasis(seen) * seen.weights).tolist()
+        weights = [] if seen is None else (seen.emphasis(self.joint_weight) * seen.weights).tolist()
         scenes = list(zip(() if seen is None else seen.samples or (), chosen, weights, strict=True))
         counting = [one for one in scenes if one[-1] > 0]
         found = refine(stats.samples, basis, problem.ranks, router, up_gram, counting)
@@ -142,10 +140,6 @@ class SSRMerge:
         view = RouterView(wide, problem.ups, problem.ranks, grams, rows=rows)
         return MergedFactors(down, problem.ups, view, condition, measures)
 
-    def _emphasis(self, seen: SceneStats) -> Tensor:
-        """(J,) float64: what each scene's own weight is multiplied by; nothing changes for neutral prompts."""
-        return 1 + (self.joint_weight - 1) * seen.active.any(dim=1).double()
-
     def _terms(self, problem: CanonicalProblem, stats: GramStats | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Q, G, R0 and mu of one layer; a layer without data is its anchor."""
         size = sum(problem.ranks)
@@ -159,7 +153,7 @@ class SSRMerge:
             scenes = pooled_scenes(
                 problem.scenes, seen.tokens.to(g), seen.weights.to(g), stats.tokens.to(g), self.balance
             )
-            scenes = scenes * self._emphasis(seen).to(g)[:, None, None]
+            scenes = scenes * seen.emphasis(self.joint_weight).to(g)[:, None, None]
             q, g = with_scenes(q, g, scenes, selectors(seen.active.to(g.device), problem.ranks))
         g = (g + g.T) / 2
         own = g.diagonal()

@@ -1,5 +1,8 @@
 """Diagnostics from Grams equal the same numbers from explicit signals Z."""
 
+import json
+import math
+
 import pytest
 import torch
 from helpers import (
@@ -9,13 +12,15 @@ from helpers import (
     conflicting_tasks,
     deltas_of,
     linear64,
+    lora,
     output_error,
     randn,
     rel,
+    task,
     task_tokens,
 )
 
-from ssr_core import GainsMerge, SSRMerge, Target, merge
+from ssr_core import GainsMerge, LoRALayer, SampleOptions, SSRMerge, Target, merge
 from ssr_core.diagnostics import block_energies, crosstalk, routing_error, scaling_error, separability
 from ssr_core.report import LayerReport, MergeReport
 from ssr_core.router import anchor_router, block_slices, gains, guide, pooled
@@ -147,3 +152,20 @@ def test_reconstruction_error_is_the_root_mean_square_over_layers():
     passed = LayerReport(Target("c"), "passed_through", (0,), 2)
     report = MergeReport("m", ("x", "y"), (*layers, passed), ())
     assert report.reconstruction_error() == pytest.approx((0.25 / 2) ** 0.5)
+
+
+def test_a_lora_and_its_half_precision_copy_have_errors_that_are_numbers():
+    """Where LoRAs are nearly the same their difference drowns in rounding, and must not come out as NaN."""
+    for seed in range(6):
+        one = lora(seed, 40, 48, 8, dtype=torch.float32)
+        copy = LoRALayer(one.down.half().float(), one.up.half().float(), one.alpha, one.kernel)
+        tasks = [task("one", one), task("copy", copy)]
+        calibration = calibrated(
+            torch.nn.Linear(48, 40, bias=False),
+            tasks,
+            [[randn(seed + k, 60, 48).float()] for k in range(2)],
+            sample=SampleOptions(64),
+        )
+        found = merge(tasks, SSRMerge(), calibration).report
+        assert all(math.isfinite(value) for value in found.layers[0].measures.values()), seed
+        assert "NaN" not in json.dumps(found.to_json())
