@@ -157,8 +157,8 @@ def joint_weight_input() -> io.Input:
         optional=True,
         advanced=True,
         tooltip="ssr: how much joint prompts count against each LoRA's own. More makes pictures that show several LoRAs "
-        f"better and those of one LoRA worse; {_DEFAULTS.joint_weight:g} recommended. SSR Solve tries values without new "
-        "passes. No effect without joint prompts.",
+        f"better and those of one LoRA worse; {_DEFAULTS.joint_weight:g} recommended, 4 if one of them is weak there. SSR "
+        "Solve tries values without new passes. No effect without joint prompts.",
     )
 
 

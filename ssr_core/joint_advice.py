@@ -13,8 +13,11 @@ from .report import MergeReport
 from .scenes import scenes_of
 from .stacks import Task
 
-LOST_TOGETHER = 0.1
+LOST_TOGETHER = 0.2
 """Relative error of the typical layer on joint prompts from which one of several LoRAs may be missed."""
+
+ALREADY_MUCH = 0.6
+"""Error on the LoRAs' own prompts from which they cannot spare more."""
 
 MOST_WEIGHT = 100.0
 """What the input joint_weight of the nodes takes at most."""
@@ -37,12 +40,24 @@ def together(
     ]
 
 
+def less_weight(report: MergeReport, method: MergeMethod) -> list[str]:
+    """Where joint prompts count for more than the LoRAs' own, what that costs these is not the prompts' fault."""
+    seen = any(JOINT in layer.measures for layer in report.layers)
+    if not isinstance(method, SSRMerge) or not seen or method.joint_weight <= SSRMerge.joint_weight:
+        return []
+    return [
+        f"Joint prompts count {method.joint_weight:g} times here, at the cost of each LoRA's own (error "
+        f"{report.reconstruction_error():.2f}, best gains {report.reconstruction_error('gains'):.2f}). If pictures of "
+        f"one LoRA suffer, set joint_weight to {SSRMerge.joint_weight:g}."
+    ]
+
+
 def _more_weight(report: MergeReport, method: MergeMethod) -> list[str]:
     errors = [layer.measures[JOINT] for layer in report.layers if JOINT in layer.measures]
     if not isinstance(method, SSRMerge) or not errors or median(errors) < LOST_TOGETHER:
         return []
     higher = 4 * method.joint_weight or SSRMerge.joint_weight
-    if higher > MOST_WEIGHT:
+    if higher > MOST_WEIGHT or report.reconstruction_error() >= ALREADY_MUCH:
         return []
     return [
         f"Under joint prompts the typical layer misses {100 * median(errors):.0f} % of what its LoRAs give together. "

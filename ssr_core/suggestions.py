@@ -12,6 +12,7 @@ from statistics import median
 
 from .advice import SAME_SIGNAL
 from .compatibility import APART, FIGHTING, MEETING, balancing, loudness
+from .joint_advice import less_weight
 from .methods import AverageMerge, GainsMerge, MergeMethod, SSRMerge, SumMerge, routes
 from .report import MergeReport
 from .sampling import SampleOptions
@@ -55,8 +56,10 @@ def suggestions(report: MergeReport, settings: Mapping[str, object], method: Mer
     if isinstance(method, (SumMerge, AverageMerge, GainsMerge)):
         found += _not_routed(report)
     elif routes(method):
-        found += [*_alike(report), *(_overfit(report, settings) or _few_tokens(report, settings)), *_ill(report)]
-        found += [*_drowned(report), *_much_left(report, settings, method)]
+        lower = less_weight(report, method) if error >= MUCH else []
+        found += lower or _alike(report)
+        found += [*(_overfit(report, settings) or _few_tokens(report, settings)), *_ill(report), *_drowned(report)]
+        found += [] if lower else _much_left(report, settings, method)
     return found
 
 

@@ -92,14 +92,13 @@ def compared(sampling: Sampling) -> dict[str, Method]:
 def told(sampling: Sampling) -> dict[str, Method]:
     """Methods that also see the prompt that shows all of the LoRAs."""
     joint = replace(sampling, joint=True)
-    light = "SSR (ours, joint prompt of weight 1"
     return {
         "RegMean, joint prompt": with_joint(regmean, sampling),
-        f"{light}, without refinement)": engine(SSRMerge(refine=False, joint_weight=1), joint),
-        f"{light}, two neutral prompts)": engine(SSRMerge(joint_weight=1), replace(joint, neutral=2)),
-        f"{light})": engine(SSRMerge(joint_weight=1), joint),
+        "SSR (ours, joint prompt, without refinement)": engine(SSRMerge(refine=False), joint),
         "SSR (ours, joint prompt)": engine(SSRMerge(), joint),
+        "SSR (ours, joint prompt of weight 4)": engine(SSRMerge(joint_weight=4), joint),
         "SSR (ours, joint prompt of weight 16)": engine(SSRMerge(joint_weight=16), joint),
+        "SSR (ours, joint and two neutral prompts)": engine(SSRMerge(), replace(joint, neutral=2)),
     }
 
 

@@ -55,7 +55,7 @@ class SSRMerge:
     anchor: Anchor = "sum"
     balance: bool = True
     refine: bool = True
-    joint_weight: float = 4.0
+    joint_weight: float = 1.0
 
     def __post_init__(self) -> None:
         if not (self.joint_weight >= 0 and math.isfinite(self.joint_weight)):

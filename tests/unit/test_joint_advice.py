@@ -28,7 +28,17 @@ def test_where_much_of_a_joint_prompt_is_missed_a_weight_is_named():
     (line,) = advice_at(0.3, SSRMerge(joint_weight=2.5))
     assert "misses 30 %" in line
     assert "joint_weight from 2.5 to 10" in line
-    assert "from 0 to 4" in advice_at(0.3, SSRMerge(joint_weight=0))[0]
+    assert "from 0 to 1" in advice_at(0.3, SSRMerge(joint_weight=0))[0]
+
+
+def test_where_joint_prompts_cost_the_others_much_a_lower_weight_is_named():
+    """And nothing is said against the prompts, or for other tools."""
+    heavy, plain = (merged(calibrated(), SSRMerge(refine=False, joint_weight=weight))[1] for weight in (50, 1))
+    assert heavy.reconstruction_error() > 0.6
+    (line,) = [one for one in heavy.advice if "joint_weight" in one]
+    assert line.endswith("set joint_weight to 1.") and "Joint prompts count 50 times" in line
+    assert not any("Name in each" in one or "OSRM" in one for one in heavy.advice)
+    assert not any("set joint_weight to" in one for one in plain.advice)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ COMPRESS = [
         "SSRMerge",
         440,
         150,
-        {"width": 512, "height": 512},
+        {"width": 512, "height": 512, "joint_prompts": "a photo of sks dog and zwx cat sitting together on a sofa"},
         {"model": "ckpt.0", "clip": "ckpt.1", "loras.lora0": "one.0", "loras.lora1": "two.0"},
         None,
     ),

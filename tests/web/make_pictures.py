@@ -94,6 +94,7 @@ PLACE = """async ([type, x, links, values, room]) => {
   app.graph.add(shown);
   n.connect(text, shown, 0);
 }"""
+ON_A_SOFA = "a photo of sks dog and zwx cat on a sofa"
 README = [
     ("unet", "UNETLoader", 0, 0, {"unet_name": "tiny_sdxl.safetensors"}, {}, None),
     ("clip", "TinyCLIP", 0, 140, {"kind": "sdxl", "seed": 3, "control_after_generate": "fixed"}, {}, None),
@@ -104,13 +105,13 @@ README = [
         "SSRMerge",
         440,
         0,
-        SIZE,
+        {**SIZE, "joint_prompts": ON_A_SOFA},
         {"model": "unet.0", "clip": "clip.0", "loras.lora0": "one.0", "loras.lora1": "two.0"},
         None,
     ),
     *[
         node
-        for node in sampling("a", "merge.0", "merge.1", "", 0, "a photo of sks dog and zwx cat on a sofa", size=128)
+        for node in sampling("a", "merge.0", "merge.1", "", 0, ON_A_SOFA, size=128)
         if node[1] not in ("VAEDecode", "SaveImage")
     ],
     ("save", "SaveLatent", 1340, 320, {}, {"samples": "asample.0"}, None),

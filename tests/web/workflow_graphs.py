@@ -5,6 +5,7 @@ from __future__ import annotations
 from compress_graph import COMPRESS
 from workflow_parts import FLUX, SDXL, WAN, lora, moved, note, sampling, wan_sampling
 
+DANCING = "sks man and zwx woman dancing together"
 TOGETHER = "a photo of sks dog and zwx cat sitting together on a sofa"
 STYLED = "sks dog in a meadow, in wtrclr style"
 BOTH = {"width": 512, "height": 512, "joint_prompts": TOGETHER}
@@ -185,17 +186,25 @@ GRAPHS = {
         ),
         ("sigmas", "BasicScheduler", 440, 140, {"scheduler": "simple", "steps": 4}, {"model": "shift2.0"}, None),
         ("split", "SplitSigmas", 440, 320, {"step": 2}, {"sigmas": "sigmas.0"}, "The low-noise half"),
-        ("merge1", "SSRMerge", 860, -140, {}, {"model": "shift1.0", "clip": "clip.0", "loras.lora0": "two.0"}, "High"),
+        (
+            "merge1",
+            "SSRMerge",
+            860,
+            -140,
+            {"joint_prompts": DANCING},
+            {"model": "shift1.0", "clip": "clip.0", "loras.lora0": "two.0"},
+            "High",
+        ),
         (
             "merge2",
             "SSRMerge",
             860,
             960,
-            {},
+            {"joint_prompts": DANCING},
             {"model": "shift2.0", "clip": "clip.0", "loras.lora0": "two.0", "sigmas": "split.1"},
             "Low",
         ),
-        *wan_sampling(0, "sks man and zwx woman dancing together"),
+        *wan_sampling(0, DANCING),
         note(
             "note",
             0,
@@ -216,7 +225,7 @@ GRAPHS = {
             "SSRMerge",
             900,
             700,
-            {"width": 512, "height": 512},
+            BOTH,
             {"model": "ckpt.0", "clip": "ckpt.1", "loras.lora0": "refit.0"},
             None,
         ),
