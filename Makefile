@@ -98,7 +98,7 @@ bench-records: $(STAMP)
 bench-smoke: $(STAMP)
 	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && $(PY) -m benchmarks.speed --toy --out "$$out" > /dev/null && \
 	    $(PY) -m benchmarks.quality --toy --out "$$out" > /dev/null && \
-	    $(PY) -m benchmarks.records --toy --out "$$out" --cache "$$out" > /dev/null
+	    $(PY) -m benchmarks.records --toy --out "$$out" --cache "$$out" > /dev/null && echo "All three benchmarks ran."
 
 clean:
 	rm -rf $(VENV) demo_output host_output .pytest_cache .mypy_cache .ruff_cache .hypothesis

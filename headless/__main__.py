@@ -17,4 +17,12 @@ if __name__ == "__main__":
     package = types.ModuleType(NAME)
     package.__path__ = [str(HERE.parent)]
     sys.modules[NAME] = package
-    sys.exit(importlib.import_module(f"{NAME}.headless.cli").main(sys.argv[1:]))
+    try:
+        command = importlib.import_module(f"{NAME}.headless.cli")
+    except ModuleNotFoundError as err:
+        if err.name not in ("torch", "safetensors", "numpy"):
+            raise
+        sys.exit(
+            f"this Python ({sys.executable}) has no {err.name}: run the command with the one that ComfyUI runs in."
+        )
+    sys.exit(command.main(sys.argv[1:]))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .compression import CompressOptions
 from .emit import KeyStyle
@@ -159,16 +159,31 @@ def parse_recipe(value: Any, name: str, *, recorded: bool = False) -> Recipe:
     )
 
 
+def _parameters(kind: type[MergeMethod]) -> dict[str, dict[str, Any]]:
+    """The schema of each of a method's parameters."""
+    names: dict[object, str] = {bool: "boolean", int: "integer", float: "number", str: "string"}
+    found: dict[str, dict[str, Any]] = {}
+    for name, hint in get_type_hints(kind).items():
+        if get_origin(hint) is Literal:
+            found[name] = {"enum": list(get_args(hint))}
+        elif get_origin(hint) is tuple:
+            found[name] = {"type": "array", "items": {"type": names[get_args(hint)[0]]}}
+        elif hint in names:
+            found[name] = {"type": names[hint]}
+    return found
+
+
 def _method(name: str, parameters: Mapping[str, Any], file: str) -> MergeMethod:
     kind = METHODS[name]
     known = [one.name for one in fields(kind)]  # type: ignore[arg-type]
     strange = [key for key in parameters if key not in known]
-    wrong = [one for key, item in parameters.items() for one in problems(item, {}, f"parameters.{key}")]
+    takes = _parameters(kind)
+    wrong = [one for key, item in parameters.items() for one in problems(item, takes.get(key, {}), f"parameters.{key}")]
     if wrong:
         raise refused(file, wrong)
     if strange:
-        takes = f"takes {', '.join(known)}" if known else "takes none"
-        raise refused(file, [f"parameters.{strange[0]} is no parameter of {name}, which {takes}"])
+        listed = f"takes {', '.join(known)}" if known else "takes none"
+        raise refused(file, [f"parameters.{strange[0]} is no parameter of {name}, which {listed}"])
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in parameters.items()}
     try:
         return kind(**values)

@@ -262,3 +262,23 @@ def test_nodes_and_recipes_have_the_same_defaults():
     assert found == PASS_DEFAULTS
     work = (ROOT / "headless" / "calibrating.py").read_text(encoding="utf-8")
     assert "**PASS_DEFAULTS" in work and "DEFAULTS:" not in work
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "wrong"),
+    [
+        ("ssr", {"joint_weight": "8"}, "parameters.joint_weight is '8', not a number"),
+        ("ssr", {"joint_weight": True}, "parameters.joint_weight is True, not a number"),
+        ("ssr", {"anchor": "middle"}, "parameters.anchor is 'middle', not one of sum, average, gains, zero"),
+        ("ssr", {"balance": 1}, "parameters.balance is 1, not"),
+        ("np_lora", {"protected": [0.5]}, "parameters.protected[0] is 0.5, not"),
+    ],
+)
+def test_parameters_of_another_kind_are_refused_by_name(method, parameters, wrong):
+    with pytest.raises(FileError) as found:
+        parse_recipe({**SMALLEST, "method": method, "parameters": parameters}, "mine.json")
+    assert wrong in str(found.value)
+
+
+def test_whole_numbers_will_do_where_others_are_wanted():
+    assert parse_recipe({**SMALLEST, "parameters": {"joint_weight": 8}}, "m").method == SSRMerge(joint_weight=8)
