@@ -18,11 +18,8 @@ if __name__ == "__main__":
     package.__path__ = [str(HERE.parent)]
     sys.modules[NAME] = package
     try:
-        command = importlib.import_module(f"{NAME}.headless.cli")
+        sys.exit(importlib.import_module(f"{NAME}.headless.cli").main(sys.argv[1:]))
     except ModuleNotFoundError as err:
         if err.name not in ("torch", "safetensors", "numpy"):
             raise
-        sys.exit(
-            f"this Python ({sys.executable}) has no {err.name}: run the command with the one that ComfyUI runs in."
-        )
-    sys.exit(command.main(sys.argv[1:]))
+        sys.exit(f"this Python ({sys.executable}) has no {err.name}: run the command with the one that ComfyUI runs in.")
