@@ -22,4 +22,6 @@ if __name__ == "__main__":
     except ModuleNotFoundError as err:
         if err.name not in ("torch", "safetensors", "numpy"):
             raise
-        sys.exit(f"this Python ({sys.executable}) has no {err.name}: run the command with the one that ComfyUI runs in.")
+        sys.exit(
+            f"this Python ({sys.executable}) has no {err.name}: run the command with the one that ComfyUI runs in."
+        )
