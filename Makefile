@@ -18,7 +18,7 @@ help:
 	@echo "make bench-compression               truncation by outputs beside the plain SVD (docs/benchmarks/compression.md)"
 	@echo "make bench-ranks                     calibration shared by processes: time and difference (docs/benchmarks/ranks.md)"
 	@echo "make bench-quantised COMFYUI_PATH=<path>   how much of a merge acts on quantised models, and its cost"
-	@echo "make bench-speed                     speed and memory (ARGS='--device cuda', '--threads n'); docs/benchmarks/speed.md"
+	@echo "make bench-speed                     speed and memory (ARGS='--device cuda', '--threads 0'); docs/benchmarks/speed.md"
 	@echo "make bench-quality                   trains a small world and compares methods in it (tables to docs/benchmarks/quality.md)"
 	@echo "make bench-records                   what merges from calibration records lose, and what a record costs"
 	@echo "make bench-smoke                     the benchmarks at toy size: only shows that they run"

@@ -28,8 +28,9 @@ def describe(device: torch.device) -> dict[str, Any]:
 def sentence(machine: dict[str, Any]) -> str:
     """The same in words."""
     gpu = f"{machine['gpu']}; " if "gpu" in machine else ""
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
     return (
-        f"{gpu}{machine['cpu']} ({machine['simd']}), {machine['cores']} cores, {machine['threads']} threads, "
+        f"{gpu}{machine['cpu']} ({machine['simd']}), {machine['cores']} cores, {threads}, "
         f"{machine['memory_gib']} GiB, PyTorch {machine['torch']}."
     )
 

@@ -83,6 +83,7 @@ def _times(cell: Cell, times: dict[str, list[float]]) -> dict[str, Row]:
             "published_overhead_seconds": Spread.of(theirs).json()["median"],
             "whole_over_whole": over(whole, times["published"]).json()["median"],
             "without_judging": _overhead(unjudged, theirs)["median"],
+            "arithmetic_alone": float(f"{(predicted - 1) * Spread.of(bare).median / Spread.of(theirs).median:.4g}"),
         }
     return rows
 

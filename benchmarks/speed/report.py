@@ -8,14 +8,19 @@ from typing import Any
 
 from .grid import LEFT_OUT, PAPER_SECONDS
 from .machine import sentence
-from .texts import CALIBRATION, INTRO, MEMORY, PUBLISHED, SAMPLING, SOLVE, STORAGE
+from .texts import CALIBRATION, INTRO, MEMORY, ONE_THREAD, PUBLISHED, SAMPLING, SOLVE, STORAGE
 
 Row = dict[str, Any]
 
 
 def page(found: dict[str, Any], stem: str) -> str:
     """Markdown."""
-    parts = [INTRO, sentence(found["machine"]), f"The run took {found['minutes']} minutes. `{_command(found)}`"]
+    parts = [
+        INTRO,
+        sentence(found["machine"]),
+        *_clock(found),
+        f"The run took {found['minutes']} minutes. `{_command(found)}`",
+    ]
     if found["toy"]:
         parts.append("**Toy sizes: this only shows that the code runs.**")
     elif "gpu" not in found["machine"]:
@@ -30,6 +35,12 @@ def page(found: dict[str, Any], stem: str) -> str:
     parts += ["## Solving again", "A merge at another strength from the same calibration, over a whole merge."]
     parts += [_resolve(found["resolve_over_merge"]), STORAGE, _storage(found["storage"]), *_gpu(found)]
     return "\n\n".join(parts) + "\n"
+
+
+def _clock(found: dict[str, Any]) -> list[str]:
+    if "gpu" in found["machine"] or found["machine"]["threads"] != 1:
+        return []
+    return [ONE_THREAD]
 
 
 def _command(found: dict[str, Any]) -> str:
@@ -96,6 +107,7 @@ def _published(rows: Sequence[Row]) -> str:
             "r",
             "overhead / published",
             "not judged",
+            "arithmetic alone",
             "overhead, s",
             "published, s",
             "whole / whole",
@@ -106,6 +118,7 @@ def _published(rows: Sequence[Row]) -> str:
                 *_cell(row),
                 _spread(row),
                 f"{row['without_judging']:.3f}",
+                f"{row['arithmetic_alone']:.3f}",
                 f"{row['overhead_seconds']:.3g}",
                 f"{row['published_overhead_seconds']:.3g}",
                 f"{row['whole_over_whole']:.3f}",

@@ -6,6 +6,7 @@ the work around the system calls.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -78,7 +79,7 @@ def _row(
         "read": plain.read_bytes,
     }
     plain.write_bytes(content)
-    times = by_turns(runs, repeats, torch.device("cpu"))
+    times = by_turns(runs, repeats, torch.device("cpu"), time.perf_counter)
 
     def over(one: str, other: str) -> float:
         return Spread.of([a / b for a, b in zip(times[one], times[other], strict=True)]).json()["median"]

@@ -8,6 +8,10 @@ one repetition, with the runs by turns (those of overheads over a median); table
 least and the greatest. d is the width, N the tokens (an eighth of them text), K the number of LoRAs, r their rank,
 R = K r."""
 
+ONE_THREAD = """Times are the processor time of one thread, those of files are the clock's: on two cores that others
+share, two threads wait for each other, and ratios jump by a tenth. `ARGS="--threads 0"` takes all cores and the
+clock."""
+
 CALIBRATION = """## Calibration against bare forward passes
 
 K calibration passes over K passes of the model alone. *Predicted* is what the added operations would cost if each took
@@ -22,7 +26,9 @@ Followed literally from its description: a clone of all weights copied back for 
 code does it twice), dense deltas added, Grams copied to the host in every hook call and summed there in float64, a
 general solver layer by layer. *Overhead* is the whole merge less K bare passes, over the median of the published one's.
 Ours has a report in it, and solves every layer a second time to judge it by tokens that were held out, which the
-published one does not do; *not judged* leaves that second solve out (`merge(judge=False)`). *Routers* is the largest
+published one does not do; *not judged* leaves that second solve out (`merge(judge=False)`). *Arithmetic alone* is the
+predicted overhead of calibration over the published one's whole overhead: less is not to be had by any way to merge
+that reads every token through all R rows, which the published one does as well. *Routers* is the largest
 relative difference between the published routers and those of the engine's mode `paper` and calibration: both do the
 same."""
 
@@ -30,7 +36,8 @@ SAMPLING = """## Sampled inputs and refinement
 
 The same calibration with up to 256 whole inputs of each layer and LoRA kept (the nodes' default), over bare passes and
 over the calibration above; and the merge that is refined by them, over the merge above. Refinement solves in the space
-of the sampled tokens, at most 1280 of them, whatever the width; its cost falls on the solve, not on the passes."""
+of the sampled tokens, of which a layer keeps at most 1280, or in that of its inputs, if these are fewer; its cost falls
+on the solve, not on the passes."""
 
 MEMORY = """## Memory
 

@@ -1,4 +1,4 @@
-"""Wall clock, repetitions by turns, ratios within one repetition."""
+"""Clocks, repetitions by turns, ratios within one repetition."""
 
 from __future__ import annotations
 
@@ -34,26 +34,43 @@ class Spread:
         return {name: float(f"{value:.4g}") for name, value in vars(self).items()}
 
 
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one run, the device's queue included."""
+def clock_for(device: torch.device) -> Callable[[], float]:
+    """Processor time where one CPU thread does all the work: what else the machine does then hardly shows."""
+    return time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def seconds(run: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
+    """Time of one run, the device's queue included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def by_turns(runs: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+def by_turns(
+    runs: Mapping[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    clock: Callable[[], float] | None = None,
+) -> dict[str, list[float]]:
     """Time every run once in each repetition, starting with another one each time.
 
     A machine that slows down meanwhile slows all of them; a ratio within one repetition hardly moves.
+
+    Args:
+        runs: What to time, by name.
+        repeats: Repetitions.
+        device: Where it runs.
+        clock: `clock_for(device)` if None.
     """
+    clock = clock or clock_for(device)
     found: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     for repetition in range(repeats):
         at = repetition % len(names)
         for name in names[at:] + names[:at]:
-            found[name].append(seconds(runs[name], device))
+            found[name].append(seconds(runs[name], device, clock))
     return found
