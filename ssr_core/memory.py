@@ -64,14 +64,14 @@ def memory_need(
             host += 4 * scenes * rank * rank  # as they are gathered; they are packed in the end
         if routed and sample is not None:
             path = stack.target.module_path
-            widths[path] = stack.in_features * dtype.itemsize
+            widths[path] = stack.in_features
             sampled.setdefault(path, set()).update(stack.tasks)
             sharing[path] = max(sharing.get(path, 0), len(ranks))
     if sample is not None:
         for path, width in widths.items():
-            tokens = sample.shared_by(sharing[path] + scenes).tokens
-            device += (tokens + 1) * width
-            host += (len(sampled[path]) + scenes) * tokens * width
+            tokens = sample.shared_by(sharing[path] + scenes, width).tokens
+            device += (tokens + 1) * width * dtype.itemsize
+            host += (len(sampled[path]) + scenes) * tokens * width * dtype.itemsize
     return MemoryNeed(device, host)
 
 
@@ -86,12 +86,17 @@ def bytes_to_solve(stack: LayerStack, sampled: int = 0, scenes: int = 0) -> int:
     """
     r = sum(stack.rank_bounds)
     solved = r * r * (3 * (len(stack.blocks) + scenes) + 8) + r * (stack.in_features + stack.out_features)
-    return 8 * (solved + sampled * (stack.in_features + 3 * sampled + 6 * r))
+    width = stack.in_features
+    return 8 * (solved + sampled * (2 * width + 6 * r) + 3 * min(sampled, width) ** 2)
 
 
-def layers_at_once(largest: int) -> int:
-    """Layers that a merge solves at once, by the bytes that the largest needs: about 128 MiB."""
-    return max(1, min(LAYERS_AT_ONCE, (1 << 27) // max(1, largest)))
+def layers_at_once(largest: int, device: torch.device) -> int:
+    """Layers that a merge solves at once, by the bytes that the largest needs: about 16 MiB, 128 MiB on a GPU.
+
+    Batches keep a GPU busy; a CPU gains nothing by them.
+    """
+    room = 1 << (24 if device.type == "cpu" else 27)
+    return max(1, min(LAYERS_AT_ONCE, room // max(1, largest)))
 
 
 def moments_need(layers: Sequence[InputLayer], options: MomentOptions, tasks: int) -> MemoryNeed:

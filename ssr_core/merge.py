@@ -102,18 +102,18 @@ def merge(
     reports: list[LayerReport] = []
     apart: Separabilities = {}
     order = sorted(shared, key=lookup.bytes_to_solve, reverse=True)  # equal ranks together; the largest sizes a chunk
+    where = device or torch.device("cpu")
     at = 0
     while at < len(order):
-        chunk = order[at : at + layers_at_once(lookup.bytes_to_solve(order[at]))]
+        chunk = order[at : at + layers_at_once(lookup.bytes_to_solve(order[at]), where)]
         tick(at, len(order))
         at += len(chunk)
         stats = [lookup.of(stack) for stack in chunk]
-        where = device or torch.device("cpu")
         answers = method.merge(chunk, stats, where)
-        seconds = judged(method, chunk, stats, answers, where) if judge else [None] * len(chunk)
-        for stack, one, factors, second in zip(chunk, stats, answers, seconds, strict=True):
+        trials = judged(method, chunk, stats, answers, where) if judge else [None] * len(chunk)
+        for stack, one, factors, trial in zip(chunk, stats, answers, trials, strict=True):
             layers[stack.target] = _finish(stack, factors, out_dtype)
-            reports.append(layer_report(stack, factors, one, method, second))
+            reports.append(layer_report(stack, factors, one, method, trial))
             if not isinstance(method, RoleMethod):
                 note_separability(apart, stack, one)
     tick(len(order), len(order))

@@ -4,11 +4,11 @@ A token x of task k should leave the router as `T = [0 .. V_k x .. 0]`; it leave
 `T - M V x`, is a linear function of x and not of `V x` alone: tasks that look alike to the LoRAs may
 differ elsewhere. Kernel ridge regression on the sampled tokens X (N, in) finds it,
 
-    C = E^T (X X^T + mu I)^-1 X,        E (N, R) what the router leaves over,
+    C = E^T (X X^T + mu I)^-1 X = E^T X (X^T X + mu I)^-1,        E (N, R) what the router leaves over,
 
-and the layer becomes `up (M V + C)`: its rank stays R. Scenes (`scenes`) take part with the targets of
-the LoRAs that act in them. The ridge is the one with the smallest
-leave-one-out error, which has a closed form (Allen's PRESS); if none beats `C = 0`, that stays.
+solved in whichever of tokens and inputs are fewer, and the layer becomes `up (M V + C)`: its rank stays
+R. Scenes (`scenes`) take part with the targets of the LoRAs that act in them. The ridge is the one with
+the smallest leave-one-out error, which has a closed form (Allen's PRESS); if none beats `C = 0`, that stays.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def refine(
     """Fit the correction of one layer.
 
     Args:
-        samples: One for each task; every task's weights count 1 in all. At most `SampleOptions().most` tokens are used.
+        samples: One for each task; every task's weights count 1 in all. What goes beyond
+            `SampleOptions().room` is drawn from.
         basis: V (R, in), float64, on the device to compute on.
         ranks: Rows of each task's block.
         router: M (R, R), float64.
@@ -77,20 +78,19 @@ def refine(
         wanted[places] = signals[places] * selector
     rest = wanted - signals @ router.T
     energy = _energy(wanted, up_gram)
-    kernel = x @ x.T
-    mean = kernel.diagonal().mean()
+    mean = x.square().sum() / len(x)
     if not bool((mean > 0) & (energy > 0)):
         return None
-    weights, ridge, best = torch.zeros_like(rest), float("inf"), _energy(rest, up_gram)
-    uncorrected = best
+    fit = _by_tokens if len(x) <= x.shape[1] else _by_inputs
+    down, ridge, best = torch.zeros_like(basis), float("inf"), _energy(rest, up_gram)
+    uncorrected, product = best, x @ x.T if fit is _by_tokens else x.T @ x
     for share in RIDGES:
-        found = _left_out(kernel, share * mean, rest)
+        found = fit(x, product, share * mean, rest)
         if found is None:  # lost in rounding
             continue
         loss = _energy(found[1], up_gram)
         if bool(loss < best):
-            weights, ridge, best = found[0], share, loss
-    down = weights.T @ x
+            down, ridge, best = found[0], share, loss
     grams = sampled_grams(samples[: len(ranks)], torch.cat([basis, down]))
     return Refinement(down, ridge, _root(best / energy), _root(uncorrected / energy), grams)
 
@@ -124,15 +124,31 @@ def weighted_tokens(
     return torch.cat(parts), [len(part) for part in parts]
 
 
-def _left_out(kernel: Tensor, mu: Tensor, rest: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Weights `(K + mu I)^-1 E`, and the error on each token of the fit to all others (PRESS)."""
-    eye = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
-    factor, info = torch.linalg.cholesky_ex(kernel + mu * eye)
-    if int(info) != 0:
+def _inverse(product: Tensor, mu: Tensor) -> Tensor | None:
+    """`(P + mu I)^-1`; None if P is lost in rounding."""
+    eye = torch.eye(len(product), dtype=product.dtype, device=product.device)
+    factor, info = torch.linalg.cholesky_ex(product + mu * eye)
+    return torch.cholesky_inverse(factor) if int(info) == 0 else None
+
+
+def _by_tokens(x: Tensor, kernel: Tensor, mu: Tensor, rest: Tensor) -> tuple[Tensor, Tensor] | None:
+    """C and the error on each token of the fit to all others (PRESS), from `X X^T` (N, N)."""
+    inverse = _inverse(kernel, mu)
+    if inverse is None:
         return None
-    inverse = torch.cholesky_inverse(factor)
     weights = inverse @ rest
-    return weights, weights / inverse.diagonal()[:, None]
+    return weights.T @ x, weights / inverse.diagonal()[:, None]
+
+
+def _by_inputs(x: Tensor, moment: Tensor, mu: Tensor, rest: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The same from `X^T X` (in, in): the error of token i is its residual over one minus its leverage."""
+    inverse = _inverse(moment, mu)
+    if inverse is None:
+        return None
+    solved = x @ inverse
+    down = rest.T @ solved
+    kept = 1 - (solved * x).sum(dim=1)
+    return down, (rest - x @ down.T) / kept[:, None]
 
 
 def _root(share: Tensor) -> float:

@@ -22,6 +22,10 @@ _BITS = 23
 """Of a drawn number: with half a step added it is exact in float32, and neither 0 nor 1."""
 
 
+_NARROW = 8
+"""How many times more tokens a layer keeps that has fewer inputs than refinement solves equations."""
+
+
 @dataclass(frozen=True)
 class SampleOptions:
     """How many whole inputs are kept.
@@ -29,7 +33,8 @@ class SampleOptions:
     Attributes:
         tokens: Tokens n that are kept of each layer and task, in the dtype of the activations.
         seed: Of the sampling.
-        most: Tokens of one layer in all; with many LoRAs each keeps fewer. Refinement solves as many equations.
+        most: Equations that refinement solves in a layer: as many as there are tokens or, if that is less,
+            inputs. With many LoRAs each keeps fewer tokens of a layer with more inputs than this.
 
     Raises:
         CalibrationError: No token to keep.
@@ -43,9 +48,13 @@ class SampleOptions:
         if self.tokens < 1:
             raise CalibrationError(f"a sample of {self.tokens} tokens.", remedy="keep at least one token.")
 
-    def shared_by(self, tasks: int) -> SampleOptions:
-        """Of a layer that so many LoRAs have."""
-        return replace(self, tokens=max(1, min(self.tokens, self.most // tasks)))
+    def room(self, width: int) -> int:
+        """Tokens that a layer of so many inputs keeps in all: a narrow one's equations do not grow with them."""
+        return self.most if width > self.most else _NARROW * self.most
+
+    def shared_by(self, tasks: int, width: int) -> SampleOptions:
+        """Of a layer of so many inputs that so many LoRAs have."""
+        return replace(self, tokens=max(1, min(self.tokens, self.room(width) // tasks)))
 
 
 @dataclass(frozen=True)
@@ -77,13 +86,14 @@ def thinned(sample: InputSample, tokens: int) -> InputSample:
     return InputSample(sample.rows[:tokens], kept * (sample.weights.sum() / kept.sum()), held)
 
 
-def bounded(samples: Sequence[InputSample], most: int = SampleOptions().most) -> list[InputSample]:
-    """Samples of all tasks with at most `most` tokens together, e.g. of combined runs.
+def bounded(samples: Sequence[InputSample]) -> list[InputSample]:
+    """Samples of all tasks with no more tokens together than their layer has room for, e.g. of combined runs.
 
     What is too much is drawn once more by priority, with numbers that depend on a token's place only, and keeps its
     weight in all. Sums of runs stay whole until here, so that they are associative.
     """
-    room = max(1, most // max(1, len(samples)))
+    width = max((one.rows.shape[1] for one in samples), default=0)
+    room = max(1, SampleOptions().room(width) // max(1, len(samples)))
     return [one if len(one.rows) <= room else _drawn(one, room) for one in samples]
 
 

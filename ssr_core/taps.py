@@ -107,7 +107,7 @@ class _ModuleTap:
         sharing = max((len(slot.stack.blocks) for slot in self.slots if slot.recorded), default=0)
         self.sampler: TokenSampler | None = None
         if sharing and sample is not None:
-            self.sampler = TokenSampler(sample.shared_by(sharing + scenes), held_out)
+            self.sampler = TokenSampler(sample.shared_by(sharing + scenes, stacks[0].in_features), held_out)
         self._basis: Tensor | None = None
         self._pending: list[Tensor] = []
 

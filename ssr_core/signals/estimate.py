@@ -142,7 +142,7 @@ def _stats(stack: LayerStack, sums: Sequence[_Sum]) -> GramStats:
         bad.append(sum(one.nonfinite for one in mine))
         kept = [one.sample for one in mine if one.sample is not None]
         if kept and len(kept) == len(mine):
-            samples.append(_together(kept, len(stack.blocks)))
+            samples.append(_together(kept, len(stack.blocks), stack.in_features))
     return GramStats(
         torch.stack(grams),
         torch.tensor(tokens, dtype=torch.float64),
@@ -152,11 +152,11 @@ def _stats(stack: LayerStack, sums: Sequence[_Sum]) -> GramStats:
     )
 
 
-def _together(kept: Sequence[tuple[InputSample, float]], loras: int) -> InputSample:
+def _together(kept: Sequence[tuple[InputSample, float]], loras: int, width: int) -> InputSample:
     """The sampled inputs of one LoRA's passes, as many as one calibration of so many LoRAs would have kept."""
     parts = []
     for sample, weight in kept:
-        allowed = SampleOptions(len(sample.rows)).shared_by(loras).tokens
+        allowed = SampleOptions(len(sample.rows)).shared_by(loras, width).tokens
         parts.append((thinned(sample, max(1, allowed // len(kept))), weight))
     return joined(parts)
 

@@ -194,7 +194,9 @@ def test_a_chunk_never_holds_more_than_its_largest_layer_allows():
     stacks = build_stacks([task(f"t{k}", layers) for k in range(3)])
     order = sorted(stacks, key=bytes_to_solve, reverse=True)
     assert [max(stack.rank_bounds) for stack in order] == [300] * 4 + [2] * 4
-    assert layers_at_once(bytes_to_solve(order[0])) * bytes_to_solve(order[0]) <= 1 << 27
+    largest = bytes_to_solve(order[0])
+    assert layers_at_once(largest, torch.device("cuda")) * largest <= 1 << 27
+    assert layers_at_once(largest, torch.device("cpu")) == 1 < layers_at_once(1 << 20, torch.device("cpu")) == 16
     seen = []
     small = [task(f"t{k}", {Target(f"l{i}"): lora(i, 5, 6, 2) for i in range(3)}) for k in range(2)]
     merge(small, SumMerge(), tick=lambda done, total: seen.append((done, total)))

@@ -21,7 +21,7 @@ from helpers import (
 from torch import nn
 
 from ssr_core import METHODS, LoRALayer, SampleOptions, SSRMerge, Target, build_stacks, calibrate, merge
-from ssr_core.refinement import RIDGES, refine
+from ssr_core.refinement import RIDGES, _by_inputs, _by_tokens, refine
 from ssr_core.router import block_slices
 from ssr_core.sampling import InputSample
 
@@ -98,6 +98,18 @@ def test_the_merge_equals_the_dense_regression_with_the_ridge_of_the_least_left_
     result = merge(tasks, SSRMerge(), calibration)
     wide = up @ (router @ basis + primal(x, rest, best * mean))
     assert rel(result.layers[LAYER].delta(), wide) < 1e-8 < rel(plain, wide)
+
+
+@pytest.mark.parametrize("count", [9, 20, 55])
+@pytest.mark.parametrize("share", RIDGES)
+def test_equations_in_tokens_and_in_inputs_are_the_same(count, share):
+    """And both equal the fits to all tokens but one, written out."""
+    x, rest = randn(1, count, 20), randn(2, count, 6)
+    mu = share * x.square().sum(1).mean()
+    tokens, inputs = _by_tokens(x, x @ x.T, mu, rest), _by_inputs(x, x.T @ x, mu, rest)
+    assert rel(tokens[0], primal(x, rest, mu)) < 1e-10 and rel(inputs[0], primal(x, rest, mu)) < 1e-10
+    left_out = [rest[i] - primal(x[keep], rest[keep], mu) @ x[i] for i, keep in enumerate(~torch.eye(count).bool())]
+    assert rel(tokens[1], torch.stack(left_out)) < 1e-10 and rel(inputs[1], torch.stack(left_out)) < 1e-10
 
 
 def test_a_correction_that_predicts_nothing_is_not_made():
