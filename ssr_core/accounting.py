@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .diagnostics import RoutingError, block_energies, crosstalk, gram_of, routing_error, scaling_error
+from .diagnostics import RoutingError, block_energies, crosstalk, routing_error, scaling_error
 from .file_account import FileAccount, KeyFate, count_fates
 from .gram import GramStats
+from .judging import Trial
 from .layer_report import LayerReport, LayerStatus
 from .methods import MergedFactors, MergeMethod, RouterView, routes
 from .overlap import subspace_overlap
@@ -24,7 +25,7 @@ def layer_report(
     factors: MergedFactors,
     stats: GramStats | None,
     method: MergeMethod,
-    judged: MergedFactors | None = None,
+    trial: Trial | None = None,
 ) -> LayerReport:
     """What one stack's answer does, measured on the calibration tokens and on those that were held out.
 
@@ -33,8 +34,7 @@ def layer_report(
         factors: The method's answer, from all tokens.
         stats: The stack's statistics.
         method: The method.
-        judged: Its answer from the tokens that were not held out (`factors` itself where the method uses
-            none); None where nothing was held out.
+        trial: Its router from the tokens that were not held out; None where nothing was.
     """
     seen = stats is not None and (stats.complete or not sum(stats.ranks))  # nothing to see where all downs are zero
     status: LayerStatus = "routed" if routes(method) else "merged"
@@ -57,9 +57,8 @@ def layer_report(
     if not seen or view is None or view.grams is None or view.ups.shape[1] == 0:
         return report
     grams = pooled(view.grams, stats.tokens.to(view.grams.device), balanced=True)
-    up_gram = gram_of(view.ups)  # of the stack alone: the judged answer has the same
-    energies = block_energies(grams, view.ranks, up_gram)
-    seen_errors = _errors(view, up_gram, grams, energies, gains(grams, view.ranks))
+    energies = block_energies(grams, view.ranks, view.up_gram)
+    seen_errors = _errors(view.router, view, grams, energies, gains(grams, view.ranks))
     report = replace(
         report,
         condition=factors.condition,
@@ -67,21 +66,20 @@ def layer_report(
         task_errors={name: one.by_task() for name, one in seen_errors.items()},
         crosstalk={
             "sum": energies.diagonal(dim1=1, dim2=2).clamp_min(0).tolist(),
-            "result": crosstalk(view.router, grams, view.ranks, up_gram).tolist(),
+            "result": crosstalk(view.router, grams, view.ranks, view.up_gram).tolist(),
         },
     )
-    fitted, held = stats.fitted(), stats.held_out()
-    if judged is None or judged.view is None or fitted is None or held is None:
+    if trial is None:
         return report
-    known, unknown = _per_token(judged.view, fitted), _per_token(judged.view, held)
+    known, unknown = _per_token(trial.view, trial.fitted), _per_token(trial.view, trial.held)
     # an answer that sampled inputs correct is only judged by another such
-    if known is None or unknown is None or judged.view.router.shape != view.router.shape:
+    if known is None or unknown is None or trial.view.router.shape != view.router.shape:
         return report
-    energies = block_energies(unknown, view.ranks, up_gram)
-    unseen = _errors(judged.view, up_gram, unknown, energies, gains(known, view.ranks))
+    energies = block_energies(unknown, view.ranks, view.up_gram)
+    unseen = _errors(trial.view.router, view, unknown, energies, gains(known, view.ranks))
     return replace(
         report,
-        held_tokens=tuple(held.tokens.tolist()),
+        held_tokens=tuple(trial.held.tokens.tolist()),
         held_errors={name: one.relative() for name, one in unseen.items()},
         held_task_errors={name: one.by_task() for name, one in unseen.items()},
     )
@@ -92,14 +90,12 @@ def _per_token(view: RouterView, stats: GramStats) -> Tensor | None:
     return None if grams is None else pooled(grams, stats.tokens.to(grams.device), balanced=True)
 
 
-def _errors(
-    view: RouterView, up_gram: Tensor, grams: Tensor, energies: Tensor, best: Tensor
-) -> dict[str, RoutingError]:
+def _errors(router: Tensor, view: RouterView, grams: Tensor, energies: Tensor, best: Tensor) -> dict[str, RoutingError]:
     """Errors of the method's router and of those that every report compares with: sum, average, best gains.
 
     Args:
-        view: The method's router.
-        up_gram: (R, R), `B^T B` of the stacked ups.
+        router: The method's router.
+        view: Any router of the stack, for its ups.
         grams: What is judged by, per token.
         energies: Their `block_energies`.
         best: (K,), the gains.
@@ -107,7 +103,7 @@ def _errors(
     one = torch.ones_like(best)
     scaled = {"sum": one, "average": one / len(one), "gains": best}
     return {
-        "result": routing_error(view.router, grams, view.ranks, up_gram),
+        "result": routing_error(router, grams, view.ranks, view.up_gram),
         **{name: scaling_error(energies, factors) for name, factors in scaled.items()},
     }
 

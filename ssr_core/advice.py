@@ -13,7 +13,6 @@ from .diagnostics import separability
 from .finite import nonfinite_warnings
 from .gram import GramStats
 from .layer_report import LayerReport
-from .router import pooled
 from .scenes import scenes_of
 from .stacks import LayerStack, Task
 
@@ -142,7 +141,7 @@ def note_separability(apart: Separabilities, stack: LayerStack, stats: GramStats
     """Remember how different each pair of tasks is on one stack to its router, where it saw tokens enough."""
     if stats is None or bool((stats.tokens < stack.rank).any()):
         return
-    matrix = separability(pooled(stats.gram.to(torch.float64), stats.tokens, balanced=True))
+    matrix = separability(stats.gram.to(torch.float64))
     for i, j in combinations(range(len(stack.tasks)), 2):
         apart.setdefault((stack.tasks[i], stack.tasks[j]), []).append(float(matrix[i, j]))
 

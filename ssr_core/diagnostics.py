@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .router import block_slices
+from .triangles import symmetric_product
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class RoutingError:
 def gram_of(ups: Tensor) -> Tensor:
     """W = B^T B, (R, R), of the stacked ups (rows, R), in float64: LoRAs that are nearly the same cancel in it."""
     ups = ups.to(torch.float64)
-    return ups.T @ ups
+    return symmetric_product(ups, ups)
 
 
 def block_energies(grams: Tensor, ranks: Sequence[int], up_gram: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ def routing_error(router: Tensor, grams: Tensor, ranks: Sequence[int], up_gram: 
         up_gram: (R, R), `B^T B`.
     """
     weighted = up_gram @ router
-    form = router.T @ weighted
+    form = symmetric_product(router, weighted)
     whole = grams.flatten(1) @ form.flatten()
     errors, energies = [], []
     for k, rows in enumerate(block_slices(ranks)):
@@ -130,7 +131,7 @@ def crosstalk(router: Tensor, grams: Tensor, ranks: Sequence[int], up_gram: Tens
     """Energy of branch j under task i, (K tasks, K branches); not normalised, so layers add up."""
     columns = []
     for rows in block_slices(ranks):
-        form = router[rows].T @ (up_gram[rows, rows] @ router[rows])
+        form = symmetric_product(router[rows], up_gram[rows, rows] @ router[rows])
         columns.append(grams.flatten(1) @ form.flatten())
     return torch.stack(columns, dim=1).clamp_min(0)
 
@@ -138,10 +139,11 @@ def crosstalk(router: Tensor, grams: Tensor, ranks: Sequence[int], up_gram: Tens
 def separability(grams: Tensor) -> Tensor:
     """How different two tasks' statistics are, (K, K): 0 the same, 1 nothing in common.
 
-    `1 - <S_i, S_j> / (|S_i| |S_j|)` of the per-token means. Near 0 the router cannot tell the two
+    `1 - <S_i, S_j> / (|S_i| |S_j|)`, whatever the number of tokens. Near 0 the router cannot tell the two
     apart and falls back to averaging.
     """
-    norms = grams.flatten(1).norm(dim=1).clamp_min(1e-300)
-    inner = torch.einsum("iab,jab->ij", grams, grams)
+    flat = grams.flatten(1)
+    inner = flat @ flat.T
+    norms = inner.diagonal().sqrt().clamp_min(1e-300)
     apart: Tensor = 1 - inner / (norms[:, None] * norms[None, :])
     return apart.clamp(0, 1)

@@ -3,13 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from .errors import SolveError
 from .gram import GramStats
-from .methods import MergedFactors, MergeMethod
+from .methods import MergedFactors, MergeMethod, RefitMethod, RouterView
 from .stacks import LayerStack
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a router of one stack can be judged by.
+
+    Attributes:
+        view: The router that was fitted without the held-out tokens.
+        fitted: Statistics of the tokens that it was fitted on.
+        held: Statistics of those that were held out.
+    """
+
+    view: RouterView
+    fitted: GramStats
+    held: GramStats
+
+
+@dataclass(frozen=True)
+class _Open:
+    """A stack that has to be solved again."""
+
+    index: int
+    stack: LayerStack
+    answer: MergedFactors
+    fitted: GramStats
+    held: GramStats
 
 
 def judged(
@@ -18,7 +45,7 @@ def judged(
     stats: Sequence[GramStats | None],
     answers: Sequence[MergedFactors],
     device: torch.device,
-) -> list[MergedFactors | None]:
+) -> list[Trial | None]:
     """Solve once more, each layer from the tokens that were not held out.
 
     Args:
@@ -29,32 +56,37 @@ def judged(
         device: Where to compute.
 
     Returns:
-        One answer for each stack; None where nothing was held out, or where the others alone leave no
-        solution (few tokens and no ridge): the merge does not depend on this one.
+        One trial for each stack; None where nothing was held out, where the answer is no router, or where
+        the others alone leave no solution (few tokens and no ridge): the merge does not depend on this one.
     """
-    found: list[MergedFactors | None] = [None] * len(stacks)
-    again: list[tuple[int, GramStats]] = []
-    for index, one in enumerate(stats):
-        fitted = None if one is None or one.held_out() is None else one.fitted()
-        if fitted is not None and method.needs_calibration:
-            again.append((index, fitted))
-        elif fitted is not None:
-            found[index] = answers[index]
-    try:
-        solved: list[MergedFactors | None] = [
-            *method.merge([stacks[index] for index, _ in again], [fitted for _, fitted in again], device)
-        ]
-    except SolveError:
-        solved = [_solved_alone(method, stacks[index], fitted, device) for index, fitted in again]
-    for (index, _), factors in zip(again, solved, strict=True):
-        found[index] = factors
+    found: list[Trial | None] = [None] * len(stacks)
+    again: list[_Open] = []
+    for index, (stack, one, answer) in enumerate(zip(stacks, stats, answers, strict=True)):
+        held = None if one is None or answer.view is None else one.held_out()
+        fitted = None if one is None or held is None else one.fitted()
+        if fitted is not None and held is not None:
+            again.append(_Open(index, stack, answer, fitted, held))
+    if not method.needs_calibration:
+        views: list[RouterView | None] = [one.answer.view for one in again]
+    else:
+        try:
+            views = _views(method, again, device)
+        except SolveError:
+            views = [_alone(method, one, device) for one in again]
+    for trial, view in zip(again, views, strict=True):
+        found[trial.index] = None if view is None else Trial(view, trial.fitted, trial.held)
     return found
 
 
-def _solved_alone(
-    method: MergeMethod, stack: LayerStack, fitted: GramStats, device: torch.device
-) -> MergedFactors | None:
+def _views(method: MergeMethod, again: Sequence[_Open], device: torch.device) -> list[RouterView | None]:
+    stacks, stats = [one.stack for one in again], [one.fitted for one in again]
+    if isinstance(method, RefitMethod):
+        return [*method.refit(stacks, stats, [one.answer for one in again], device)]
+    return [factors.view for factors in method.merge(stacks, stats, device)]
+
+
+def _alone(method: MergeMethod, one: _Open, device: torch.device) -> RouterView | None:
     try:
-        return method.merge([stack], [fitted], device)[0]
+        return _views(method, [one], device)[0]
     except SolveError:
         return None

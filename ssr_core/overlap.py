@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .router import block_slices
+from .triangles import symmetric_product
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def subspace_overlap(basis: Tensor, ranks: Sequence[int]) -> Overlap:
     count = len(ranks)
     shared = torch.eye(count, dtype=torch.float64)
     closest = torch.eye(count, dtype=torch.float64)
-    products = basis @ basis.T
+    products = symmetric_product(basis.T, basis.T)
     slices = block_slices(ranks)
     for i, j in combinations(range(count), 2):
         cosines = products[slices[i], slices[j]].to("cpu", torch.float64)

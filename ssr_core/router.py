@@ -33,7 +33,8 @@ def pooled(grams: Tensor, tokens: Tensor, balanced: bool) -> Tensor:
     one. Otherwise all tokens weigh the same. A task without tokens stays zero.
     """
     if balanced:
-        return grams / tokens.clamp_min(1e-300)[:, None, None] * (tokens > 0)[:, None, None]
+        shares = torch.where(tokens > 0, 1 / tokens.clamp_min(1e-300), torch.zeros_like(tokens))
+        return grams * shares[:, None, None]
     return grams / tokens.sum().clamp_min(1e-300)
 
 

@@ -28,6 +28,21 @@ def places(size: int) -> Tensor:
     return found.flatten()
 
 
+_PANEL = 128
+"""Rows of a symmetric product computed at once: what lies left of a panel is the mirror of an earlier one."""
+
+
+def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
+    """`left^T right` (n, n) of matrices (m, n) whose product is known to be symmetric, for little over half of it."""
+    size = left.shape[1]
+    product = left.new_empty(size, size)
+    for start in range(0, size, _PANEL):
+        end = start + _PANEL
+        product[start:end, start:] = left[:, start:end].T @ right[:, start:]
+        product[end:, start:end] = product[start:end, end:].T
+    return product
+
+
 def unpack(packed: Tensor, at: Tensor | None = None) -> Tensor:
     """(K, n (n + 1) / 2) -> (K, n, n).
 

@@ -104,7 +104,11 @@ def told(sampling: Sampling) -> dict[str, Method]:
 
 def careful(sampling: Sampling) -> dict[str, Method]:
     """Methods that also see prompts that name no LoRA."""
-    names = {1: "SSR (ours, one neutral prompt)", 2: "SSR (ours, two neutral prompts)"}
+    names = {
+        1: "SSR (ours, one neutral prompt)",
+        2: "SSR (ours, two neutral prompts)",
+        4: "SSR (ours, four neutral prompts)",
+    }
     return {name: engine(SSRMerge(), replace(sampling, neutral=number)) for number, name in names.items()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import MergedFactors, MergeMethod, RoleMethod, RouterView, routes
+from .base import MergedFactors, MergeMethod, RefitMethod, RoleMethod, RouterView, routes
 from .linear import AverageMerge, GainsMerge, SumMerge
 from .nplora import DIRECTIONS, Directions, NPLoRAMerge
 from .paper import PaperMerge
@@ -22,6 +22,7 @@ __all__ = [
     "MergedFactors",
     "NPLoRAMerge",
     "PaperMerge",
+    "RefitMethod",
     "RoleMethod",
     "RouterView",
     "SSRMerge",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..canonical import effective_directions
+from ..diagnostics import gram_of
 from ..errors import SolveError
 from ..finite import all_finite
 from ..gram import GramStats
@@ -28,6 +30,7 @@ class RouterView:
         grams: (K, R + E, R + E) in the same coordinates, not yet scaled; None without statistics.
         frame: (R, R'), float64: from the coordinates of statistics to these; None if these are the same.
         rows: (R + E, in), float64: what is read of whole inputs, where E is not 0 and Grams do not hold it.
+        known_up_gram: `up_gram`, where another router of the stack had it computed.
     """
 
     router: Tensor
@@ -36,6 +39,12 @@ class RouterView:
     grams: Tensor | None
     frame: Tensor | None = None
     rows: Tensor | None = None
+    known_up_gram: Tensor | None = field(default=None, repr=False)
+
+    @cached_property
+    def up_gram(self) -> Tensor:
+        """W = B^T B (R, R), float64, of the ups: the same for every router of a stack."""
+        return gram_of(self.ups) if self.known_up_gram is None else self.known_up_gram
 
     def express(self, stats: GramStats) -> Tensor | None:
         """Any statistics of the stack in these coordinates: (K, R + E, R + E), float64, not yet scaled.
@@ -118,6 +127,31 @@ class RoleMethod(Protocol):
         ...
 
 
+@runtime_checkable
+class RefitMethod(Protocol):
+    """A merge method that solves again for other statistics at less than the cost of a merge."""
+
+    def refit(
+        self,
+        stacks: Sequence[LayerStack],
+        stats: Sequence[GramStats],
+        answers: Sequence[MergedFactors],
+        device: torch.device,
+    ) -> list[RouterView]:
+        """The routers that `merge` would find from these statistics; nothing is absorbed.
+
+        Args:
+            stacks: Stacks that were merged before.
+            stats: Other statistics of them.
+            answers: What `merge` gave then: a stack's coordinates are taken over.
+            device: Where to compute.
+
+        Raises:
+            SolveError: A layer has no finite answer; names it.
+        """
+        ...
+
+
 def routes(method: MergeMethod) -> bool:
     """Whether a method tells LoRAs apart by the signals of their prompts, and not by parts given to them."""
     return method.needs_calibration and not isinstance(method, RoleMethod)
@@ -141,6 +175,18 @@ class CanonicalProblem:
     reduce: Tensor | None
     grams: Tensor | None
     scenes: Tensor | None = None
+
+    @staticmethod
+    def again(view: RouterView, stats: GramStats, device: torch.device) -> CanonicalProblem:
+        """The problem behind a router, with other statistics.
+
+        Args:
+            view: A router in coordinates of `canonical_problem`.
+            stats: Other statistics of the same stack.
+            device: Where to compute.
+        """
+        reduce = None if view.frame is None else view.frame.T
+        return CanonicalProblem(view.ups, view.ranks, reduce, *_reduced(stats, reduce, device))
 
     def view(self, router: Tensor) -> RouterView:
         """A router in these coordinates."""
@@ -175,13 +221,21 @@ def canonical_problem(stack: LayerStack, stats: GramStats | None, device: torch.
         ups.append(up if full else up @ directions.to(up))
         reduces.append(directions)
     ranks = tuple(directions.shape[1] for directions in reduces)
-    grams = None if stats is None else stats.gram.to(device, torch.float64)
-    scenes = None if stats is None or stats.scenes is None else stats.scenes.gram.to(device, torch.float64)
-    if sum(ranks) == sum(stack.basis_ranks):
-        return CanonicalProblem(torch.cat(ups, dim=1), ranks, None, grams, scenes)
-    reduce: Tensor = torch.block_diag(*reduces)
-    grams, scenes = (None if one is None else reduce.T @ one @ reduce for one in (grams, scenes))
-    return CanonicalProblem(torch.cat(ups, dim=1), ranks, reduce, grams, scenes)
+    reduce: Tensor | None = None if sum(ranks) == sum(stack.basis_ranks) else torch.block_diag(*reduces)
+    return CanonicalProblem(torch.cat(ups, dim=1), ranks, reduce, *_reduced(stats, reduce, device))
+
+
+def _reduced(
+    stats: GramStats | None, reduce: Tensor | None, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """Grams of the tasks and of the scenes in the coordinates that `reduce` leads to."""
+    if stats is None:
+        return None, None
+    grams = stats.gram.to(device, torch.float64)
+    scenes = None if stats.scenes is None else stats.scenes.gram.to(device, torch.float64)
+    if reduce is None:
+        return grams, scenes
+    return reduce.T @ grams @ reduce, None if scenes is None else reduce.T @ scenes @ reduce
 
 
 def absorb(stack: LayerStack, problem: CanonicalProblem, router: Tensor, condition: float) -> MergedFactors:

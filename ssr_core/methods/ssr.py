@@ -14,7 +14,7 @@ from torch import Tensor
 from ..diagnostics import gram_of, scene_errors
 from ..errors import IncompatibleError, SolveError
 from ..gram import GramStats
-from ..refinement import refine, sampled_grams
+from ..refinement import Refinement, refine, sampled_grams
 from ..router import Anchor, anchor_router, correlation, guide, pooled, pooled_scenes, solve, with_scenes
 from ..scenes import SceneStats, selectors
 from ..stacks import LayerStack
@@ -72,16 +72,34 @@ class SSRMerge:
         for (size, _), indices in batches.items():
             for at in range(0, len(indices), _batch_size(size)):
                 chunk = indices[at : at + _batch_size(size)]
-                for index, answer in zip(
-                    chunk, self._solve([stacks[i] for i in chunk], [stats[i] for i in chunk], device), strict=True
-                ):
-                    answers[index] = answer
+                some, ours = [stacks[i] for i in chunk], [stats[i] for i in chunk]
+                problems = [canonical_problem(s, one, device) for s, one in zip(some, ours, strict=True)]
+                found = zip(some, problems, ours, self._solve(some, problems, ours), strict=True)
+                for index, (stack, problem, one, answer) in zip(chunk, found, strict=True):
+                    answers[index] = self._absorbed(stack, problem, one, *answer)
         return [answer for answer in answers if answer is not None]
 
+    def refit(
+        self,
+        stacks: Sequence[LayerStack],
+        stats: Sequence[GramStats],
+        answers: Sequence[MergedFactors],
+        device: torch.device,
+    ) -> list[RouterView]:
+        """Solve for other statistics in the coordinates of earlier answers."""
+        views = [answer.view for answer in answers if answer.view is not None]
+        problems = [CanonicalProblem.again(view, one, device) for view, one in zip(views, stats, strict=True)]
+        found = []
+        routers = self._solve(stacks, problems, stats)
+        for stack, problem, one, (router, _), view in zip(stacks, problems, stats, routers, views, strict=True):
+            fit = self._corrected(stack, problem, one, router, view)
+            found.append(problem.view(router) if fit is None else fit[1])
+        return found
+
     def _solve(
-        self, stacks: Sequence[LayerStack], stats: Sequence[GramStats | None], device: torch.device
-    ) -> list[MergedFactors]:
-        problems = [canonical_problem(s, one, device) for s, one in zip(stacks, stats, strict=True)]
+        self, stacks: Sequence[LayerStack], problems: Sequence[CanonicalProblem], stats: Sequence[GramStats | None]
+    ) -> list[tuple[Tensor, float]]:
+        """Routers and condition numbers, batched over problems of equal size."""
         routers: list[tuple[Tensor, float]] = [(torch.zeros(0), 0.0)] * len(stacks)
         by_size: dict[int, list[int]] = defaultdict(list)
         for index, problem in enumerate(problems):
@@ -89,7 +107,7 @@ class SSRMerge:
         for size, indices in by_size.items():
             if size == 0:
                 for i in indices:
-                    routers[i] = (torch.zeros(0, 0, dtype=torch.float64, device=device), float("nan"))
+                    routers[i] = (problems[i].ups.new_zeros(0, 0, dtype=torch.float64), float("nan"))
                 continue
             terms = [self._terms(problems[i], stats[i]) for i in indices]
             q, g, anchor, mu = (torch.stack(parts) for parts in zip(*terms, strict=True))
@@ -98,10 +116,7 @@ class SSRMerge:
                 if not fine:
                     raise _unsolvable(stacks[i], stats[i], self.ridge)
                 routers[i] = (one, number)
-        return [
-            self._absorbed(stack, problem, one, *answer)
-            for stack, problem, one, answer in zip(stacks, problems, stats, routers, strict=True)
-        ]
+        return routers
 
     def _absorbed(
         self, stack: LayerStack, problem: CanonicalProblem, stats: GramStats | None, router: Tensor, condition: float
@@ -110,35 +125,43 @@ class SSRMerge:
         if stats is None or not len(router):
             return absorb(stack, problem, router, condition)
         seen = stats.scenes
-        sampled = stats.samples is not None and (seen is None or seen.samples is not None)
-        refined = self._refined(stack, problem, stats, router, condition) if self.refine and sampled else None
-        if refined is not None:
-            return refined
-        measures = {} if seen is None else _scenes_measured(problem, seen, router)
-        return replace(absorb(stack, problem, router, condition), measures=measures)
+        fit = self._corrected(stack, problem, stats, router)
+        if fit is None:
+            measures = {} if seen is None else _scenes_measured(problem, seen, router)
+            return replace(absorb(stack, problem, router, condition), measures=measures)
+        found, view = fit
+        assert view.rows is not None
+        measures = {LEFT_OUT: found.left_out, UNCORRECTED: found.uncorrected}
+        if seen is not None and seen.samples:
+            chosen = selectors(seen.active.to(router.device), problem.ranks)
+            measures |= _measures(view.router, sampled_grams(seen.samples, view.rows), chosen, view.up_gram)
+        down = (router @ view.rows[: len(router)] + found.down).to(problem.ups.dtype)
+        return MergedFactors(down, problem.ups, view, condition, measures)
 
-    def _refined(
-        self, stack: LayerStack, problem: CanonicalProblem, stats: GramStats, router: Tensor, condition: float
-    ) -> MergedFactors | None:
-        assert stats.samples is not None
-        up_gram, basis = gram_of(problem.ups), problem.basis(stack, torch.float64)
+    def _corrected(
+        self,
+        stack: LayerStack,
+        problem: CanonicalProblem,
+        stats: GramStats,
+        router: Tensor,
+        before: RouterView | None = None,
+    ) -> tuple[Refinement, RouterView] | None:
+        """A router's correction by sampled inputs, where there are some; `before` is any router of the same stack."""
         seen = stats.scenes
+        if not self.refine or not len(router) or stats.samples is None or (seen is not None and seen.samples is None):
+            return None
+        plain, basis = before or problem.view(router), problem.basis(stack, torch.float64)
         chosen = router[:0] if seen is None else selectors(seen.active.to(router.device), problem.ranks)
         weights = [] if seen is None else (seen.emphasis(self.joint_weight) * seen.weights).tolist()
-        scenes = list(zip(() if seen is None else seen.samples or (), chosen, weights, strict=True))
+        scenes = zip(() if seen is None else seen.samples or (), chosen, weights, strict=True)
         counting = [one for one in scenes if one[-1] > 0]
-        found = refine(stats.samples, basis, problem.ranks, router, up_gram, counting)
+        found = refine(stats.samples, basis, problem.ranks, router, plain.up_gram, counting)
         if found is None:
             return None
-        down = (router @ basis + found.down).to(problem.ups.dtype)
         wide = torch.cat([router, torch.eye(len(router)).to(router)], dim=1)
         grams = found.grams * stats.tokens.to(found.grams)[:, None, None]
-        measures = {LEFT_OUT: found.left_out, UNCORRECTED: found.uncorrected}
         rows = torch.cat([basis, found.down])
-        if scenes:
-            measures |= _measures(wide, sampled_grams([sample for sample, *_ in scenes], rows), chosen, up_gram)
-        view = RouterView(wide, problem.ups, problem.ranks, grams, rows=rows)
-        return MergedFactors(down, problem.ups, view, condition, measures)
+        return found, RouterView(wide, problem.ups, problem.ranks, grams, plain.frame, rows, plain.up_gram)
 
     def _terms(self, problem: CanonicalProblem, stats: GramStats | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Q, G, R0 and mu of one layer; a layer without data is its anchor."""
