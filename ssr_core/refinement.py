@@ -8,11 +8,12 @@ differ elsewhere. Kernel ridge regression on the sampled tokens X (N, in) finds 
 
 solved in whichever of tokens and inputs are fewer, and the layer becomes `up (M V + C)`: its rank stays
 R. Scenes (`scenes`) take part with the targets of the LoRAs that act in them. The ridge is the one with
-the smallest leave-one-out error, which has a closed form (Allen's PRESS); if none beats `C = 0`, that stays.
+the least leave-one-out error, which has a closed form (Allen's PRESS); if none beats `C = 0`, that stays.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,8 +23,18 @@ from torch import Tensor
 from .router import block_slices
 from .sampling import InputSample, bounded
 
-RIDGES = (1.0, 0.1, 0.01)
-"""mu to choose from, as fractions of the mean squared norm of the weighted tokens."""
+LEAST_RIDGE = 0.1
+"""Least mu to choose from, as a fraction of the mean squared norm of the weighted tokens.
+
+Tokens of one prompt are alike, so that leaving one of them out flatters small ridges: they come a little nearer
+to each LoRA under the very prompt that was calibrated and go far astray under others.
+"""
+
+
+def ridges(least: float) -> tuple[float, ...]:
+    """What to choose from, in the same fractions: 1, a tenth of that and so on, and the least."""
+    steps = max(0, math.ceil(-math.log10(least) - 1e-9))
+    return (*(10.0**-step for step in range(steps)), least)
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,7 @@ def refine(
     router: Tensor,
     up_gram: Tensor,
     scenes: Sequence[tuple[InputSample, Tensor, float]] = (),
+    least: float = LEAST_RIDGE,
 ) -> Refinement | None:
     """Fit the correction of one layer.
 
@@ -63,6 +75,7 @@ def refine(
         router: M (R, R), float64.
         up_gram: (R, R), `B^T B` of the stacked ups: errors are measured in what the layer puts out.
         scenes: Sample of each scene; (R,) 1 in the rows of its LoRAs, 0 elsewhere; and what its weights count in all.
+        least: The least ridge to choose from.
 
     Returns:
         The correction; None if the tokens are all zero or the LoRAs put out nothing.
@@ -84,7 +97,7 @@ def refine(
     fit = _by_tokens if len(x) <= x.shape[1] else _by_inputs
     down, ridge, best = torch.zeros_like(basis), float("inf"), _energy(rest, up_gram)
     uncorrected, product = best, x @ x.T if fit is _by_tokens else x.T @ x
-    for share in RIDGES:
+    for share in ridges(least):
         found = fit(x, product, share * mean, rest)
         if found is None:  # lost in rounding
             continue

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+
+from torch import Tensor
 
 from ssr_core import ANCHORS, PaperMerge, SampleOptions, SSRMerge
 
+from .baselines import regmean
 from .case import Case, Sampling
-from .methods import Method, engine, sampling_of
+from .methods import Method, engine, layerwise, sampling_of
 from .protocols import preservation
 from .records import Record
 from .world.building import World
 
 FEW = 64
-"""Sampled tokens where something else is varied: a sixteenth of the solve's time."""
+"""Sampled tokens where anchors are varied."""
 
 
 def variants(sampling: Sampling) -> dict[str, Method]:
@@ -24,6 +27,8 @@ def variants(sampling: Sampling) -> dict[str, Method]:
     for tokens in (None, 16, 64, 256):
         sample = None if tokens is None else SampleOptions(tokens)
         found[f"{tokens or 'no'} sampled tokens"] = engine(SSRMerge(), replace(sampling, sample=sample))
+    for least in (1.0, 0.01):
+        found[f"256 sampled tokens, least ridge {least:g}"] = engine(SSRMerge(refine_ridge=least), sampling)
     found["zero anchor, 64 sampled tokens"] = engine(SSRMerge(anchor="zero"), few)
     found["average anchor, 64 sampled tokens"] = engine(SSRMerge(anchor="average"), few)
     for anchor in ANCHORS:
@@ -39,7 +44,6 @@ def variants(sampling: Sampling) -> dict[str, Method]:
 def data(sampling: Sampling) -> dict[str, Method]:
     """Steps, how many of them are used, pictures, noise."""
     own, found = SSRMerge(), {}
-    sampling = replace(sampling, sample=SampleOptions(FEW))
     for steps, used in ((1, None), (2, None), (4, None), (8, 1), (8, 2), (8, None)):
         text = f"{steps} steps" + (f", first {used}" if used else "")
         found[text] = engine(own, replace(sampling, steps=steps, used=used))
@@ -66,20 +70,33 @@ def steps_and_tokens(world: World, seeds: Sequence[int]) -> Iterator[Record]:
 WORDINGS = ("{}; photo", "{}; nice picture of", "{}; drawing of")
 
 
-def worded(texts: Sequence[str], sampling: Sampling) -> Method:
-    """The default, calibrated on other words than those that it is judged by."""
+WORDED: dict[str, Callable[[Sampling], Method]] = {
+    "": lambda sampling: engine(SSRMerge(), sampling),
+    " (least ridge 0.01)": lambda sampling: engine(SSRMerge(refine_ridge=0.01), sampling),
+    " (without refinement)": lambda sampling: engine(SSRMerge(refine=False), sampling),
+    " (RegMean)": lambda sampling: layerwise(regmean, sampling),
+}
+"""What is calibrated on other words, by what its rows are called."""
 
-    def run(case: Case) -> dict[str, object]:
+
+def worded(texts: Sequence[str], sampling: Sampling, method: Callable[[Sampling], Method]) -> Method:
+    """A method, calibrated on other words than those that it is judged by."""
+
+    def run(case: Case) -> dict[str, Tensor]:
         prompts = tuple(tuple(text.format(one.prompt) for text in texts) for one in case.loras)
-        return engine(SSRMerge(), replace(sampling, prompts=prompts, sample=SampleOptions(FEW)))(case)
+        return method(replace(sampling, prompts=prompts))(case)
 
     return run
 
 
 def wording(world: World, seeds: Sequence[int]) -> Iterator[Record]:
     """Prompt wording and several prompts (Tables 9 and 10); the deviation over seeds stands in every table."""
-    beside = "{}, red circle"
-    methods = {text.format("[V] noun"): worded((text,), sampling_of(world)) for text in ("{}", *WORDINGS, beside)}
-    methods["three wordings"] = worded(WORDINGS, sampling_of(world))
-    methods["alone and beside another object"] = worded(("{}", beside), sampling_of(world))
+    beside, sampling = "{}, red circle", sampling_of(world)
+    methods: dict[str, Method] = {}
+    for name, method in WORDED.items():
+        for text in ("{}", *WORDINGS, beside):
+            methods[text.format("[V] noun") + name] = worded((text,), sampling, method)
+    ours = WORDED[""]
+    methods["three wordings"] = worded(WORDINGS, sampling, ours)
+    methods["alone and beside another object"] = worded(("{}", beside), sampling, ours)
     yield from preservation(world, methods, world.scale.ablation_ks, seeds, table="calibration prompts")

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..diagnostics import gram_of, scene_errors
 from ..errors import IncompatibleError, SolveError
 from ..gram import GramStats
-from ..refinement import Refinement, refine, sampled_grams
+from ..refinement import LEAST_RIDGE, Refinement, refine, sampled_grams
 from ..router import Anchor, anchor_router, correlation, guide, pooled, pooled_scenes, solve, with_scenes
 from ..scenes import SceneStats, selectors
 from ..stacks import LayerStack
@@ -43,9 +43,11 @@ class SSRMerge:
         joint_weight: How much a joint prompt counts: this times the number of its LoRAs (not balanced: of its
             tokens). More brings pictures that show them together nearer to their sum, and costs some of each
             LoRA's own prompts. A layer that has none of its LoRAs takes it as a neutral prompt.
+        refine_ridge: Least ridge of the correction, as a fraction of the inputs' mean squared norm. Less comes
+            nearer to each LoRA under its calibration prompt and strays further under other prompts.
 
     Raises:
-        IncompatibleError: `joint_weight` is negative or not finite.
+        IncompatibleError: `joint_weight` is negative or not finite, or `refine_ridge` not a positive number.
     """
 
     name: ClassVar[str] = "ssr"
@@ -56,10 +58,13 @@ class SSRMerge:
     balance: bool = True
     refine: bool = True
     joint_weight: float = 1.0
+    refine_ridge: float = LEAST_RIDGE
 
     def __post_init__(self) -> None:
         if not (self.joint_weight >= 0 and math.isfinite(self.joint_weight)):
             raise IncompatibleError(f"joint_weight is {self.joint_weight}.", remedy="use a number from 0 on.")
+        if not (self.refine_ridge > 0 and math.isfinite(self.refine_ridge)):
+            raise IncompatibleError(f"refine_ridge is {self.refine_ridge}.", remedy=f"use {LEAST_RIDGE:g}.")
 
     def merge(
         self, stacks: Sequence[LayerStack], stats: Sequence[GramStats | None], device: torch.device
@@ -155,7 +160,7 @@ class SSRMerge:
         weights = [] if seen is None else (seen.emphasis(self.joint_weight) * seen.weights).tolist()
         scenes = zip(() if seen is None else seen.samples or (), chosen, weights, strict=True)
         counting = [one for one in scenes if one[-1] > 0]
-        found = refine(stats.samples, basis, problem.ranks, router, plain.up_gram, counting)
+        found = refine(stats.samples, basis, problem.ranks, router, plain.up_gram, counting, self.refine_ridge)
         if found is None:
             return None
         wide = torch.cat([router, torch.eye(len(router)).to(router)], dim=1)

@@ -20,8 +20,18 @@ from helpers import (
 )
 from torch import nn
 
-from ssr_core import METHODS, LoRALayer, SampleOptions, SSRMerge, Target, build_stacks, calibrate, merge
-from ssr_core.refinement import RIDGES, _by_inputs, _by_tokens, refine
+from ssr_core import (
+    METHODS,
+    IncompatibleError,
+    LoRALayer,
+    SampleOptions,
+    SSRMerge,
+    Target,
+    build_stacks,
+    calibrate,
+    merge,
+)
+from ssr_core.refinement import LEAST_RIDGE, _by_inputs, _by_tokens, refine, ridges
 from ssr_core.router import block_slices
 from ssr_core.sampling import InputSample
 
@@ -83,7 +93,7 @@ def test_the_merge_equals_the_dense_regression_with_the_ridge_of_the_least_left_
     rest = wanted - x @ basis.T @ router.T
     mean = x.square().sum(1).mean()
     losses = {math.inf: float((rest @ up.T).square().sum())}
-    for share in RIDGES:
+    for share in ridges(LEAST_RIDGE):
         losses[share] = sum(
             float((up @ (rest[i] - primal(x[keep], rest[keep], share * mean) @ x[i])).square().sum())
             for i in range(len(x))
@@ -101,7 +111,7 @@ def test_the_merge_equals_the_dense_regression_with_the_ridge_of_the_least_left_
 
 
 @pytest.mark.parametrize("count", [9, 20, 55])
-@pytest.mark.parametrize("share", RIDGES)
+@pytest.mark.parametrize("share", [1.0, 0.1, 0.01])
 def test_equations_in_tokens_and_in_inputs_are_the_same(count, share):
     """And both equal the fits to all tokens but one, written out."""
     x, rest = randn(1, count, 20), randn(2, count, 6)
@@ -110,6 +120,22 @@ def test_equations_in_tokens_and_in_inputs_are_the_same(count, share):
     assert rel(tokens[0], primal(x, rest, mu)) < 1e-10 and rel(inputs[0], primal(x, rest, mu)) < 1e-10
     left_out = [rest[i] - primal(x[keep], rest[keep], mu) @ x[i] for i, keep in enumerate(~torch.eye(count).bool())]
     assert rel(tokens[1], torch.stack(left_out)) < 1e-10 and rel(inputs[1], torch.stack(left_out)) < 1e-10
+
+
+def test_the_least_ridge_bounds_the_choice():
+    assert ridges(0.1) == (1.0, 0.1) and ridges(1.0) == (1.0,) and ridges(3.0) == (3.0,)
+    assert ridges(0.01) == pytest.approx((1.0, 0.1, 0.01)) and ridges(0.03) == (1.0, 0.1, 0.03)
+    tasks = up_space(TASKS)
+    basis, up, ranks = coordinates(tasks)
+    router = 0.3 * torch.eye(R, dtype=F64)  # leaves much over
+    chosen = [refine(samples_of(TOKENS), basis, ranks, router, up.T @ up, (), least).ridge for least in (3.0, 1e-3)]
+    assert chosen[0] == 3.0 and chosen[1] < 1.0
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+def test_ridges_that_are_none_are_refused(value):
+    with pytest.raises(IncompatibleError, match="refine_ridge"):
+        SSRMerge(refine_ridge=value)
 
 
 def test_a_correction_that_predicts_nothing_is_not_made():
