@@ -144,6 +144,6 @@ def separability(grams: Tensor) -> Tensor:
     """
     flat = grams.flatten(1)
     inner = flat @ flat.T
-    norms = inner.diagonal().sqrt().clamp_min(1e-300)
-    apart: Tensor = 1 - inner / (norms[:, None] * norms[None, :])
+    norms = inner.diagonal().sqrt()
+    apart: Tensor = 1 - inner / (norms[:, None] * norms[None, :]).clamp_min(1e-300)
     return apart.clamp(0, 1)

@@ -82,12 +82,14 @@ LAYERS_AT_ONCE = 64
 def bytes_to_solve(stack: LayerStack, sampled: int = 0, scenes: int = 0) -> int:
     """Grams, factors and `sampled` whole inputs of one layer in float64, and what a refinement makes of these.
 
-    Grams of all tokens, and for judging of those that are fitted and those held out.
+    Grams of all tokens, and for judging of those that are fitted and those held out; with samples each answer has
+    some of twice as many rows.
     """
     r = sum(stack.rank_bounds)
-    solved = r * r * (3 * (len(stack.blocks) + scenes) + 8) + r * (stack.in_features + stack.out_features)
+    blocks = len(stack.blocks) + scenes
+    solved = r * r * ((8 if sampled else 3) * blocks + 8) + r * (stack.in_features + stack.out_features)
     width = stack.in_features
-    return 8 * (solved + sampled * (2 * width + 6 * r) + 3 * min(sampled, width) ** 2)
+    return 8 * (solved + sampled * (3 * width + 6 * r) + 3 * min(sampled, width) ** 2)
 
 
 def layers_at_once(largest: int, device: torch.device) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .router import block_slices
 from .sampling import InputSample, bounded
+from .triangles import symmetric_product
 
 LEAST_RIDGE = 0.1
 """Least mu to choose from, as a fraction of the mean squared norm of the weighted tokens.
@@ -29,6 +30,10 @@ LEAST_RIDGE = 0.1
 Tokens of one prompt are alike, so that leaving one of them out flatters small ridges: they come a little nearer
 to each LoRA under the very prompt that was calibrated and go far astray under others.
 """
+
+
+SMALLEST_RIDGE = 1e-6
+"""Below this the error of a left-out token is lost in rounding."""
 
 
 def ridges(least: float) -> tuple[float, ...]:
@@ -96,7 +101,7 @@ def refine(
         return None
     fit = _by_tokens if len(x) <= x.shape[1] else _by_inputs
     down, ridge, best = torch.zeros_like(basis), float("inf"), _energy(rest, up_gram)
-    uncorrected, product = best, x @ x.T if fit is _by_tokens else x.T @ x
+    uncorrected, product = best, symmetric_product(x.T, x.T) if fit is _by_tokens else symmetric_product(x, x)
     for share in ridges(least):
         found = fit(x, product, share * mean, rest)
         if found is None:  # lost in rounding

@@ -22,8 +22,11 @@ _BITS = 23
 """Of a drawn number: with half a step added it is exact in float32, and neither 0 nor 1."""
 
 
-_NARROW = 8
-"""How many times more tokens a layer keeps that has fewer inputs than refinement solves equations."""
+_NARROW = 4
+"""How many times more tokens a layer keeps that has fewer inputs than refinement solves equations.
+
+Its time still grows with them, if not with their cube.
+"""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class SampleOptions:
         tokens: Tokens n that are kept of each layer and task, in the dtype of the activations.
         seed: Of the sampling.
         most: Equations that refinement solves in a layer: as many as there are tokens or, if that is less,
-            inputs. With many LoRAs each keeps fewer tokens of a layer with more inputs than this.
+            inputs. A layer with more inputs than this keeps as many tokens in all, another four times as many:
+            with many LoRAs each keeps fewer.
 
     Raises:
         CalibrationError: No token to keep.
@@ -49,7 +53,7 @@ class SampleOptions:
             raise CalibrationError(f"a sample of {self.tokens} tokens.", remedy="keep at least one token.")
 
     def room(self, width: int) -> int:
-        """Tokens that a layer of so many inputs keeps in all: a narrow one's equations do not grow with them."""
+        """Tokens that a layer of so many inputs keeps in all: a narrow one's equations are no more for them."""
         return self.most if width > self.most else _NARROW * self.most
 
     def shared_by(self, tasks: int, width: int) -> SampleOptions:

@@ -44,7 +44,10 @@ def _clock(found: dict[str, Any]) -> list[str]:
 
 
 def _command(found: dict[str, Any]) -> str:
-    return "python -m benchmarks.speed --device cuda" if "gpu" in found["machine"] else "make bench-speed"
+    if "gpu" in found["machine"]:
+        return "python -m benchmarks.speed --device cuda"
+    threads = found["machine"]["threads"]
+    return "make bench-speed" if threads == 1 else f'make bench-speed ARGS="--threads {threads}"'
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -27,8 +27,8 @@ code does it twice), dense deltas added, Grams copied to the host in every hook 
 general solver layer by layer. *Overhead* is the whole merge less K bare passes, over the median of the published one's.
 Ours has a report in it, and solves every layer a second time to judge it by tokens that were held out, which the
 published one does not do; *not judged* leaves that second solve out (`merge(judge=False)`). *Arithmetic alone* is the
-predicted overhead of calibration over the published one's whole overhead: less is not to be had by any way to merge
-that reads every token through all R rows, which the published one does as well. *Routers* is the largest
+predicted overhead of calibration (its products at the forward pass's speed, and nothing else) over the published one's
+whole overhead. *Routers* is the largest
 relative difference between the published routers and those of the engine's mode `paper` and calibration: both do the
 same."""
 

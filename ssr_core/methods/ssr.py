@@ -14,7 +14,7 @@ from torch import Tensor
 from ..diagnostics import gram_of, scene_errors
 from ..errors import IncompatibleError, SolveError
 from ..gram import GramStats
-from ..refinement import LEAST_RIDGE, Refinement, refine, sampled_grams
+from ..refinement import LEAST_RIDGE, SMALLEST_RIDGE, Refinement, refine, sampled_grams
 from ..router import Anchor, anchor_router, correlation, guide, pooled, pooled_scenes, solve, with_scenes
 from ..scenes import SceneStats, selectors
 from ..stacks import LayerStack
@@ -47,7 +47,7 @@ class SSRMerge:
             nearer to each LoRA under its calibration prompt and strays further under other prompts.
 
     Raises:
-        IncompatibleError: `joint_weight` is negative or not finite, or `refine_ridge` not a positive number.
+        IncompatibleError: `joint_weight` is negative or not finite, or `refine_ridge` below 1e-6 or not finite.
     """
 
     name: ClassVar[str] = "ssr"
@@ -63,7 +63,7 @@ class SSRMerge:
     def __post_init__(self) -> None:
         if not (self.joint_weight >= 0 and math.isfinite(self.joint_weight)):
             raise IncompatibleError(f"joint_weight is {self.joint_weight}.", remedy="use a number from 0 on.")
-        if not (self.refine_ridge > 0 and math.isfinite(self.refine_ridge)):
+        if not (self.refine_ridge >= SMALLEST_RIDGE and math.isfinite(self.refine_ridge)):
             raise IncompatibleError(f"refine_ridge is {self.refine_ridge}.", remedy=f"use {LEAST_RIDGE:g}.")
 
     def merge(

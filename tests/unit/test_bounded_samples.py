@@ -11,7 +11,7 @@ from ssr_core.sampling import bounded, joined
 ROOM = SampleOptions().room(6)
 
 
-@pytest.mark.parametrize(("width", "room"), [(1280, 8 * 1280), (1281, 1280)])
+@pytest.mark.parametrize(("width", "room"), [(1280, 4 * 1280), (1281, 1280)])
 def test_wide_layers_keep_as_many_tokens_as_equations_and_narrow_ones_more(width, room):
     """In a layer of few inputs the equations are as many as these, whatever the number of tokens."""
     options = SampleOptions()
@@ -33,7 +33,7 @@ def test_what_fits_is_untouched_and_what_does_not_stands_for_all():
     found = bounded([small, large])
     assert found[0] is small and len(found[1].rows) == ROOM // 2
     assert abs(float(found[1].weights.sum() / large.weights.sum()) - 1) < 1e-12
-    assert rel(moment(found[1]), moment(large)) < 0.05  # the sampling error of 5120 tokens
+    assert rel(moment(found[1]), moment(large)) < 0.08  # the sampling error of 2560 tokens
 
 
 def test_bounds_do_not_depend_on_the_order_of_the_runs():

@@ -70,6 +70,7 @@ def test_separability():
     assert float(matrix[0, 1]) == 1.0 and float(matrix[0, 3]) == pytest.approx(0.0, abs=1e-12)
     assert float(matrix[0, 2]) == pytest.approx(1 - 1 / 5**0.5, rel=1e-12)
     assert torch.allclose(matrix, matrix.T)
+    assert separability(torch.zeros(2, 3, 3, dtype=F64)).tolist() == [[1.0, 1.0]] * 2  # and no NaN
 
 
 def test_pooling_by_hand():

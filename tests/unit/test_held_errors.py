@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import scene_world
 import torch
 from helpers import (
     F64,
@@ -139,6 +140,25 @@ def test_ups_that_act_on_fewer_directions():
     layer = merge(tasks, SSRMerge(), calibrated(linear64(IN, OUT), tasks, [[x] for x in TOKENS[:2]])).report.layers[0]
     expected = reference_delta(factors_of(tasks), FIT[:2], ridge=0.01)
     assert layer.held_errors["result"] == pytest.approx(output_error(expected, deltas_of(tasks), HELD[:2]), rel=1e-7)
+
+
+@pytest.mark.parametrize("sample", [None, SampleOptions(1000, most=10_000)], ids=["plain", "corrected"])
+@pytest.mark.parametrize("flat", [False, True], ids=["full", "reduced"])
+def test_scenes_samples_and_reduced_ups_take_part_in_the_judged_router(sample, flat):
+    """The second path: the fitted statistics merged from nothing, the outputs written out."""
+    tasks = list(scene_world.TASKS)
+    if flat:
+        one = lora(1, scene_world.OUT, scene_world.IN, 3)
+        one.up[:, 2] = one.up[:, 0] * 2  # rank 2
+        tasks[0] = task("flat", one)
+    calibration = scene_world.calibrated(tasks=tasks, sample=sample)
+    stats = calibration.stats[LAYER]
+    (factors,) = SSRMerge().merge(build_stacks(tasks), [stats.fitted()], torch.device("cpu"))
+    expected = output_error(factors.up @ factors.down, deltas_of(tasks), [x[3::8] for x in scene_world.TOKENS])
+    layer = merge(tasks, SSRMerge(), calibration).report.layers[0]
+    assert layer.held_errors["result"] == pytest.approx(expected, rel=1e-7)
+    alone = merge(tasks, SSRMerge(joint_weight=0), calibration).report.layers[0]
+    assert abs(alone.held_errors["result"] / expected - 1) > 1e-3  # scenes do count
 
 
 def test_tokens_too_few_to_fit_without_the_held_out_ones_cost_the_figure_not_the_merge():

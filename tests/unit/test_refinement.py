@@ -40,6 +40,8 @@ R = K * RANK
 COUNTS = (60, 45, 80)
 TASKS = conflicting_tasks(K, OUT, IN, RANK, seed=3, alpha=3.0)
 TOKENS = [task_tokens(k, count, IN) for k, count in enumerate(COUNTS)]
+ALIKE = [torch.cat([x[:2], x[:2] + 0.1 * randn(k, 2, IN)]) for k, x in enumerate(TOKENS)]
+"""Fewer tokens than inputs, each with one that is nearly the same: what predicts one predicts the other."""
 ALL = SampleOptions(tokens=1000, most=9999)
 
 
@@ -79,33 +81,35 @@ def up_space(tasks):
     return conflicting_tasks(len(tasks), 2 * R, IN, RANK, seed=3, alpha=3.0)
 
 
-def test_the_merge_equals_the_dense_regression_with_the_ridge_of_the_least_left_out_error():
+@pytest.mark.parametrize("least", [LEAST_RIDGE, 1.0, 1e-3])
+@pytest.mark.parametrize("tokens", [TOKENS, ALIKE], ids=["more than inputs", "fewer"])
+def test_the_merge_equals_the_dense_regression_with_the_ridge_of_the_least_left_out_error(tokens, least):
     tasks = up_space(TASKS)
     root = nn.ModuleDict({"layer": linear64(IN, 2 * R)})
     calibration = calibrate(
-        root, tasks, build_stacks(tasks), lambda index, tap: root["layer"](TOKENS[index]), sample=ALL
+        root, tasks, build_stacks(tasks), lambda index, tap: root["layer"](tokens[index]), sample=ALL
     )
     basis, up, ranks = coordinates(tasks)
-    x, wanted = features_and_targets(tasks, TOKENS)
+    x, wanted = features_and_targets(tasks, tokens)
     plain = merge(tasks, SSRMerge(refine=False), calibration).layers[LAYER].delta()
     router = torch.linalg.pinv(up) @ plain @ torch.linalg.pinv(basis)
     assert rel(up @ router @ basis, plain) < 1e-9
     rest = wanted - x @ basis.T @ router.T
     mean = x.square().sum(1).mean()
     losses = {math.inf: float((rest @ up.T).square().sum())}
-    for share in ridges(LEAST_RIDGE):
+    for share in ridges(least):
         losses[share] = sum(
             float((up @ (rest[i] - primal(x[keep], rest[keep], share * mean) @ x[i])).square().sum())
             for i in range(len(x))
             for keep in [torch.arange(len(x)) != i]
         )
     best = min(losses, key=losses.__getitem__)
-    found = refine(samples_of(TOKENS), basis, ranks, router, up.T @ up)
+    found = refine(samples_of(tokens), basis, ranks, router, up.T @ up, (), least)
     energy = float((wanted @ up.T).square().sum())
     assert found.ridge == best < math.inf
     assert found.left_out == pytest.approx((losses[best] / energy) ** 0.5, rel=1e-9)
     assert found.uncorrected == pytest.approx((losses[math.inf] / energy) ** 0.5, rel=1e-9)
-    result = merge(tasks, SSRMerge(), calibration)
+    result = merge(tasks, SSRMerge(refine_ridge=least), calibration)
     wide = up @ (router @ basis + primal(x, rest, best * mean))
     assert rel(result.layers[LAYER].delta(), wide) < 1e-8 < rel(plain, wide)
 
@@ -132,7 +136,7 @@ def test_the_least_ridge_bounds_the_choice():
     assert chosen[0] == 3.0 and chosen[1] < 1.0
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+@pytest.mark.parametrize("value", [0.0, 1e-7, -1.0, math.inf, math.nan])
 def test_ridges_that_are_none_are_refused(value):
     with pytest.raises(IncompatibleError, match="refine_ridge"):
         SSRMerge(refine_ridge=value)

@@ -170,7 +170,7 @@ def test_many_loras_share_what_a_layer_may_keep():
             root["layer"](torch.ones(80, IN))
             root["other"](torch.ones(80, 30))
     sizes = {key: len(sample.rows) for key, sample in calibrator._samples.items()}
-    assert sizes == {("layer", 0): 53, ("layer", 1): 53, ("layer", 2): 53, ("other", 0): 10, ("other", 1): 10}
+    assert sizes == {("layer", 0): 26, ("layer", 1): 26, ("layer", 2): 26, ("other", 0): 10, ("other", 1): 10}
     need, bare = (memory_need(build_stacks(tasks), torch.float32, one) for one in (options, None))
-    assert need.host - bare.host == 4 * (159 * IN + 20 * 30)
-    assert need.device - bare.device == 4 * (54 * IN + 11 * 30)
+    assert need.host - bare.host == 4 * (78 * IN + 20 * 30)
+    assert need.device - bare.device == 4 * (27 * IN + 11 * 30)
