@@ -72,7 +72,7 @@ def _rest(inputs: Sequence[Tensor], deltas: Sequence[Tensor], merged: Tensor) ->
     lacks = torch.cat([one @ (delta - merged).T / len(one) ** 0.5 for one, delta in zip(inputs, deltas, strict=True)])
     mean = float(x.square().sum()) / len(x)
     found = {float(lacks.square().sum()): torch.zeros_like(merged)}
-    for share in (1.0, 0.1, 0.01):
+    for share in (1.0, 0.1):
         inverse = torch.linalg.inv(x.T @ x + share * mean * torch.eye(x.shape[1], dtype=torch.float64))
         fit = lacks.T @ x @ inverse
         leverage = ((x @ inverse) * x).sum(dim=1)
