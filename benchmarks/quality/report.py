@@ -45,6 +45,10 @@ def table(rows: Sequence[Row], name: str, metric: str) -> list[str]:
     return [*lines, ""]
 
 
+TOP = 1.5
+"""Largest value that a plot shows: sums of many LoRAs would flatten all the rest."""
+
+
 def plot(rows: Sequence[Row], name: str, metric: str, path: Path) -> None:
     """Curves over K with deviations as bands."""
     import matplotlib
@@ -52,26 +56,31 @@ def plot(rows: Sequence[Row], name: str, metric: str, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    chosen = [row for row in rows if row.table == name and row.metric == metric]
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=110)
-    markers = "osd^vP*Xh<>p"
+    chosen = [row for row in rows if row.table == name and row.metric == metric and "neutral" not in row.method]
+    figure, axes = pyplot.subplots(figsize=(8, 4.4), dpi=110)
+    markers, colours = "osd^vP*Xh<>p", pyplot.get_cmap("tab20").colors
     for number, method in enumerate(dict.fromkeys(row.method for row in chosen)):
         line = sorted((row for row in chosen if row.method == method), key=lambda row: row.k)
-        ours = method.startswith("SSR")
+        ours = method == "SSR (ours)"
         axes.errorbar(
             [row.k for row in line],
             [row.mean for row in line],
             [row.std for row in line],
             label=method,
             marker=markers[number % len(markers)],
-            linewidth=2.4 if ours else 1.2,
+            markersize=5,
+            linewidth=2.6 if ours else 1.2,
             capsize=2,
-            color=f"C{number}" if number < 10 else "black",
+            color="black" if ours else colours[number % len(colours)],
+            zorder=3 if ours else 2,
         )
+    if max(row.mean for row in chosen) > TOP:
+        axes.set_ylim(0, TOP)
+        axes.set_title(f"means above {TOP:g} are in the table", fontsize=8)
     axes.set_xlabel("LoRAs merged")
     axes.set_ylabel(metric)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, ncol=2)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
