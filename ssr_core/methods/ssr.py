@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..diagnostics import gram_of, scene_errors
+from ..diagnostics import scene_errors
 from ..errors import IncompatibleError, SolveError
 from ..gram import GramStats
 from ..refinement import LEAST_RIDGE, SMALLEST_RIDGE, Refinement, refine, sampled_grams
@@ -132,8 +132,8 @@ class SSRMerge:
         seen = stats.scenes
         fit = self._corrected(stack, problem, stats, router)
         if fit is None:
-            measures = {} if seen is None else _scenes_measured(problem, seen, router)
-            return replace(absorb(stack, problem, router, condition), measures=measures)
+            answer = absorb(stack, problem, router, condition)
+            return answer if seen is None else replace(answer, measures=_scenes_measured(problem, seen, answer.view))
         found, view = fit
         assert view.rows is not None
         measures = {LEFT_OUT: found.left_out, UNCORRECTED: found.uncorrected}
@@ -191,12 +191,13 @@ class SSRMerge:
         return q, g, anchor_router(chosen, grams, problem.ranks), mu
 
 
-def _scenes_measured(problem: CanonicalProblem, seen: SceneStats, router: Tensor) -> dict[str, float]:
+def _scenes_measured(problem: CanonicalProblem, seen: SceneStats, view: RouterView | None) -> dict[str, float]:
     """Errors of a router that is not refined, from the scenes' second moments."""
-    if problem.scenes is None:
+    if problem.scenes is None or view is None:
         return {}
-    mean = pooled(problem.scenes, seen.tokens.to(router.device), balanced=True)
-    return _measures(router, mean, selectors(seen.active.to(router.device), problem.ranks), gram_of(problem.ups))
+    device = view.router.device
+    mean = pooled(problem.scenes, seen.tokens.to(device), balanced=True)
+    return _measures(view.router, mean, selectors(seen.active.to(device), problem.ranks), view.up_gram)
 
 
 def _measures(router: Tensor, grams: Tensor, chosen: Tensor, up_gram: Tensor) -> dict[str, float]:
