@@ -15,7 +15,7 @@ from .judging import Trial
 from .layer_report import LayerReport, LayerStatus
 from .methods import MergedFactors, MergeMethod, RouterView, routes
 from .overlap import subspace_overlap
-from .router import gains, pooled
+from .router import gains
 from .stacks import LayerStack, Task
 from .targets import Target
 
@@ -56,7 +56,7 @@ def layer_report(
     view = factors.view
     if not seen or view is None or view.grams is None or view.ups.shape[1] == 0:
         return report
-    grams = pooled(view.grams, stats.tokens.to(view.grams.device), balanced=True)
+    grams = view.grams
     energies = block_energies(grams, view.ranks, view.up_gram)
     seen_errors = _errors(view.router, view, grams, energies, gains(grams, view.ranks))
     report = replace(
@@ -71,7 +71,7 @@ def layer_report(
     )
     if trial is None:
         return report
-    known, unknown = _per_token(trial.view, trial.fitted), _per_token(trial.view, trial.held)
+    known, unknown = trial.view.grams, trial.view.express(trial.held)
     # an answer that sampled inputs correct is only judged by another such
     if known is None or unknown is None or trial.view.router.shape != view.router.shape:
         return report
@@ -83,11 +83,6 @@ def layer_report(
         held_errors={name: one.relative() for name, one in unseen.items()},
         held_task_errors={name: one.by_task() for name, one in unseen.items()},
     )
-
-
-def _per_token(view: RouterView, stats: GramStats) -> Tensor | None:
-    grams = view.express(stats)
-    return None if grams is None else pooled(grams, stats.tokens.to(grams.device), balanced=True)
 
 
 def _errors(router: Tensor, view: RouterView, grams: Tensor, energies: Tensor, best: Tensor) -> dict[str, RoutingError]:

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from itertools import combinations
 from statistics import median
 
-import torch
-
 from .calibration import Calibration
 from .diagnostics import separability
 from .finite import nonfinite_warnings
@@ -141,7 +139,7 @@ def note_separability(apart: Separabilities, stack: LayerStack, stats: GramStats
     """Remember how different each pair of tasks is on one stack to its router, where it saw tokens enough."""
     if stats is None or bool((stats.tokens < stack.rank).any()):
         return
-    matrix = separability(stats.gram.to(torch.float64))
+    matrix = separability(stats.gram)
     for i, j in combinations(range(len(stack.tasks)), 2):
         apart.setdefault((stack.tasks[i], stack.tasks[j]), []).append(float(matrix[i, j]))
 

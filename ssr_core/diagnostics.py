@@ -58,7 +58,7 @@ def block_energies(grams: Tensor, ranks: Sequence[int], up_gram: Tensor) -> Tens
     All that is to be known about routers that only scale the LoRAs; one pass over the Grams.
 
     Args:
-        grams: (K, R + E, R + E), scaled as the caller wants tasks and tokens weighted.
+        grams: (K, R + E, R + E), weighted as the caller wants tasks to be.
         ranks: Rows of each block.
         up_gram: (R, R), `B^T B`.
     """
@@ -87,7 +87,7 @@ def routing_error(router: Tensor, grams: Tensor, ranks: Sequence[int], up_gram: 
 
     Args:
         router: (R, R + E).
-        grams: (K, R + E, R + E), scaled as the caller wants tasks and tokens weighted.
+        grams: (K, R + E, R + E), weighted as the caller wants tasks to be.
         ranks: Rows of each block.
         up_gram: (R, R), `B^T B`.
     """
@@ -136,14 +136,20 @@ def crosstalk(router: Tensor, grams: Tensor, ranks: Sequence[int], up_gram: Tens
     return torch.stack(columns, dim=1).clamp_min(0)
 
 
+_ENTRIES = 1 << 16
+"""Of each Gram, looked at together: the whole of them in float64 would be the largest tensor of a merge."""
+
+
 def separability(grams: Tensor) -> Tensor:
-    """How different two tasks' statistics are, (K, K): 0 the same, 1 nothing in common.
+    """How different two tasks' statistics are, (K, K), float64: 0 the same, 1 nothing in common.
 
     `1 - <S_i, S_j> / (|S_i| |S_j|)`, whatever the number of tokens. Near 0 the router cannot tell the two
     apart and falls back to averaging.
     """
-    flat = grams.flatten(1)
-    inner = flat @ flat.T
+    inner = torch.zeros(len(grams), len(grams), dtype=torch.float64, device=grams.device)
+    for part in grams.flatten(1).split(_ENTRIES, dim=1):
+        part = part.to(torch.float64)
+        inner += part @ part.T
     norms = inner.diagonal().sqrt()
     apart: Tensor = 1 - inner / (norms[:, None] * norms[None, :]).clamp_min(1e-300)
     return apart.clamp(0, 1)

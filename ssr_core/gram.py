@@ -12,7 +12,7 @@ from .errors import CalibrationError
 from .heldout import HELD_OUT, HeldOut, first_held
 from .sampling import InputSample
 from .scenes import SceneStats
-from .triangles import pack, packed_size
+from .triangles import pack, packed_size, per_token
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,10 @@ class GramStats:
         scenes = () if self.scenes is None else self.scenes.samples or ()
         return (*(self.samples or ()), *scenes)
 
+    def per_token(self, device: torch.device) -> Tensor:
+        """(K, R, R), float64: the mean over each task's tokens, zero for a task without any; a copy."""
+        return per_token(self.gram, self.tokens, device)
+
     def fitted(self) -> GramStats | None:
         """Statistics of the tokens that were not held out; None where nothing was, or nothing else is left."""
         if self.held is None:
@@ -76,9 +80,8 @@ class GramStats:
         # both counts are float32 sums on some devices
         if not bool((tokens > 1e-5 * self.tokens).all()):
             return None
-        return replace(
-            self, gram=self.gram - self.held.gram, tokens=tokens, samples=_parts(self.samples, held=False), held=None
-        )
+        rest = self.held.gram.neg_().add_(self.gram)
+        return replace(self, gram=rest, tokens=tokens, samples=_parts(self.samples, held=False), held=None)
 
     def held_out(self) -> GramStats | None:
         """Statistics of the held-out tokens alone; None unless every task has some."""

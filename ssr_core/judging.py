@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,13 +18,11 @@ class Trial:
     """What a router of one stack can be judged by.
 
     Attributes:
-        view: The router that was fitted without the held-out tokens.
-        fitted: Statistics of the tokens that it was fitted on.
-        held: Statistics of those that were held out.
+        view: The router that was fitted without the held-out tokens, with the Grams of the others.
+        held: Statistics of the tokens that were held out.
     """
 
     view: RouterView
-    fitted: GramStats
     held: GramStats
 
 
@@ -67,14 +65,14 @@ def judged(
         if fitted is not None and held is not None:
             again.append(_Open(index, stack, answer, fitted, held))
     if not method.needs_calibration:
-        views: list[RouterView | None] = [one.answer.view for one in again]
+        views: list[RouterView | None] = [_refilled(one) for one in again]
     else:
         try:
             views = _views(method, again, device)
         except SolveError:
             views = [_alone(method, one, device) for one in again]
     for trial, view in zip(again, views, strict=True):
-        found[trial.index] = None if view is None else Trial(view, trial.fitted, trial.held)
+        found[trial.index] = None if view is None else Trial(view, trial.held)
     return found
 
 
@@ -83,6 +81,12 @@ def _views(method: MergeMethod, again: Sequence[_Open], device: torch.device) ->
     if isinstance(method, RefitMethod):
         return [*method.refit(stacks, stats, [one.answer for one in again], device)]
     return [factors.view for factors in method.merge(stacks, stats, device)]
+
+
+def _refilled(one: _Open) -> RouterView | None:
+    """The answer itself, of a method that asks no statistics, with the Grams of the tokens that were not held out."""
+    view = one.answer.view
+    return None if view is None else replace(view, grams=view.express(one.fitted))
 
 
 def _alone(method: MergeMethod, one: _Open, device: torch.device) -> RouterView | None:

@@ -93,10 +93,10 @@ def watched(
     if not stats.complete or stats.gram.shape[1] == 0:
         return None
     rows = stack.basis.to(device, torch.float64)
-    gram = correlation(pooled(stats.gram.to(device, torch.float64), stats.tokens.to(device), balanced))
+    gram = correlation(pooled(stats.per_token(device), stats.tokens.to(device), balanced))
     seen = stats.scenes
     if seen is not None:
-        scenes = seen.gram.to(gram)
+        scenes = seen.per_token(device)
         more = pooled_scenes(scenes, seen.tokens.to(gram), seen.weights.to(gram), stats.tokens.to(gram), balanced)
         gram = gram + correlation(more * seen.emphasis(joint_weight).to(gram)[:, None, None])
     values, vectors = torch.linalg.eigh((gram + gram.T) / 2)

@@ -27,28 +27,30 @@ def block_slices(ranks: Sequence[int]) -> list[slice]:
 
 
 def pooled(grams: Tensor, tokens: Tensor, balanced: bool) -> Tensor:
-    """Scale the tasks' Grams (K, R, R) for pooling.
+    """Weigh the tasks' mean second moments (K, R, R) for pooling.
 
-    Balanced: the mean over each task's tokens, so that a long prompt weighs no more than a short
-    one. Otherwise all tokens weigh the same. A task without tokens stays zero.
+    Balanced: as they are, so that a long prompt weighs no more than a short one. Otherwise all tokens
+    weigh the same.
+
+    Args:
+        grams: Means over each task's tokens (`GramStats.per_token`).
+        tokens: (K,) their numbers.
+        balanced: Which of the two.
     """
-    if balanced:
-        shares = torch.where(tokens > 0, 1 / tokens.clamp_min(1e-300), torch.zeros_like(tokens))
-        return grams * shares[:, None, None]
-    return grams / tokens.sum().clamp_min(1e-300)
+    return grams if balanced else grams * (tokens / tokens.sum().clamp_min(1e-300))[:, None, None]
 
 
 def pooled_scenes(scenes: Tensor, counts: Tensor, weights: Tensor, tokens: Tensor, balanced: bool) -> Tensor:
-    """Scale the scenes' Grams (J, R, R) as `pooled` scales the tasks'.
+    """Weigh the scenes' Grams (J, R, R) as `pooled` weighs the tasks'.
 
     Args:
-        scenes: Second moments of scenes.
+        scenes: Mean second moments of scenes.
         counts: (J,) number of their tokens.
         weights: (J,) how many tasks each weighs as much as, where tasks are balanced.
         tokens: (K,) number of the tasks' tokens.
         balanced: Scenes have these weights; else all tokens weigh the same.
     """
-    return pooled(scenes, counts / weights if balanced else tokens.sum().expand(len(counts)), balanced=True)
+    return scenes * (weights if balanced else counts / tokens.sum().clamp_min(1e-300))[:, None, None]
 
 
 def correlation(grams: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .errors import CalibrationError, IncompatibleError
 from .sampling import InputSample, joined
-from .triangles import pack, packed_size, unpack
+from .triangles import pack, packed_size, per_token, unpack
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,10 @@ class SceneStats:
     def gram(self) -> Tensor:
         """(J, R, R), unpacked anew each time."""
         return unpack(self.packed)
+
+    def per_token(self, device: torch.device) -> Tensor:
+        """(J, R, R), float64: the mean over each scene's tokens, zero for one that did not reach the layer."""
+        return per_token(self.gram, self.tokens, device)
 
     @property
     def weights(self) -> Tensor:

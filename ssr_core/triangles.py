@@ -28,6 +28,13 @@ def places(size: int) -> Tensor:
     return found.flatten()
 
 
+def per_token(grams: Tensor, tokens: Tensor, device: torch.device) -> Tensor:
+    """Sums of second moments (K, R, R) as means over (K,) tokens, float64; zero where there are no tokens."""
+    tokens = tokens.to(device, torch.float64)
+    shares = torch.where(tokens > 0, 1 / tokens.clamp_min(1e-300), torch.zeros_like(tokens))
+    return grams.to(device, torch.float64, copy=True).mul_(shares[:, None, None])
+
+
 _PANEL = 128
 """Rows of a symmetric product computed at once: what lies left of a panel is the mirror of an earlier one."""
 

@@ -27,7 +27,8 @@ class RouterView:
         router: (R, R + E); E is 0 unless the method reads more than the LoRAs' own coordinates.
         ups: (rows, R), before the router.
         ranks: Rows of each block in R.
-        grams: (K, R + E, R + E) in the same coordinates, not yet scaled; None without statistics.
+        grams: (K, R + E, R + E) in the same coordinates, the mean over each task's tokens that the router was
+            fitted on; None without statistics.
         frame: (R, R'), float64: from the coordinates of statistics to these; None if these are the same.
         rows: (R + E, in), float64: what is read of whole inputs, where E is not 0 and Grams do not hold it.
         known_up_gram: `up_gram`, where another router of the stack had it computed.
@@ -47,15 +48,15 @@ class RouterView:
         return gram_of(self.ups) if self.known_up_gram is None else self.known_up_gram
 
     def express(self, stats: GramStats) -> Tensor | None:
-        """Any statistics of the stack in these coordinates: (K, R + E, R + E), float64, not yet scaled.
+        """Any statistics of the stack in these coordinates, per token: (K, R + E, R + E), float64.
 
         None where they lack the sampled inputs that the router was corrected by.
         """
         if self.rows is not None:
             if stats.samples is None:
                 return None
-            return sampled_grams(stats.samples, self.rows) * stats.tokens.to(self.rows)[:, None, None]
-        gram = stats.gram.to(self.router.device, torch.float64)
+            return sampled_grams(stats.samples, self.rows)
+        gram = stats.per_token(self.router.device)
         return gram if self.frame is None else self.frame @ gram @ self.frame.T
 
 
@@ -166,8 +167,8 @@ class CanonicalProblem:
         ranks: Rows of each block in R''.
         reduce: (R', R''), float64, block-diagonal: from the stack's orthonormal coordinates to these;
             None if these are the same.
-        grams: (K, R'', R''), float64, or None.
-        scenes: (J, R'', R''), float64: second moments of the scenes; None where there are none.
+        grams: (K, R'', R''), float64, the mean over each task's tokens; or None.
+        scenes: (J, R'', R''), float64: the same of the scenes; None where there are none.
     """
 
     ups: Tensor
@@ -231,8 +232,8 @@ def _reduced(
     """Grams of the tasks and of the scenes in the coordinates that `reduce` leads to."""
     if stats is None:
         return None, None
-    grams = stats.gram.to(device, torch.float64)
-    scenes = None if stats.scenes is None else stats.scenes.gram.to(device, torch.float64)
+    grams = stats.per_token(device)
+    scenes = None if stats.scenes is None else stats.scenes.per_token(device)
     if reduce is None:
         return grams, scenes
     return reduce.T @ grams @ reduce, None if scenes is None else reduce.T @ scenes @ reduce

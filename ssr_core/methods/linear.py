@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from ..gram import GramStats
-from ..router import Anchor, anchor_router, pooled
+from ..router import Anchor, anchor_router
 from ..stacks import LayerStack
 from .base import MergedFactors, absorb, canonical_problem
 
@@ -62,5 +62,5 @@ def _fixed(anchor: Anchor, stack: LayerStack, stats: GramStats | None, device: t
     if problem.grams is None or stats is None or not stats.complete:
         grams = torch.zeros(len(problem.ranks), size, size, dtype=torch.float64, device=device)
     else:
-        grams = pooled(problem.grams, stats.tokens.to(device), balanced=True)
+        grams = problem.grams
     return absorb(stack, problem, anchor_router(anchor, grams, problem.ranks), float("nan"))

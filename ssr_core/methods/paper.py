@@ -10,7 +10,7 @@ import torch
 
 from ..errors import SolveError
 from ..gram import GramStats
-from ..router import correlation, guide
+from ..router import correlation, guide, pooled
 from ..stacks import LayerStack
 from .base import MergedFactors, RouterView
 
@@ -44,13 +44,13 @@ class PaperMerge:
         ranks = [block.rank for block in stack.blocks]
         if stats is None or not stats.complete:
             return MergedFactors(down, up)
-        count = stats.tokens.sum().to(device)
-        grams = mix @ stats.gram.to(device, torch.float64) @ mix.T / count
+        means = mix @ stats.per_token(device) @ mix.T
+        grams = pooled(means, stats.tokens.to(device), balanced=False)
         g = correlation(grams)
         eye = torch.eye(g.shape[0], dtype=g.dtype, device=device)
         # Q G^-1 by solving with the symmetric G from the other side.
         router, info = torch.linalg.solve_ex(g + self.ridge * eye, guide(grams, ranks).T)
         if int(info) != 0 or not bool(torch.isfinite(router).all()):
             raise SolveError("the published formula has no finite answer.", layer=str(stack.target))
-        view = RouterView(router.T, up, tuple(ranks), grams * count, mix)
+        view = RouterView(router.T, up, tuple(ranks), means, mix)
         return MergedFactors(down, up @ router.T, view)

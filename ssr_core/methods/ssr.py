@@ -164,9 +164,8 @@ class SSRMerge:
         if found is None:
             return None
         wide = torch.cat([router, torch.eye(len(router)).to(router)], dim=1)
-        grams = found.grams * stats.tokens.to(found.grams)[:, None, None]
         rows = torch.cat([basis, found.down])
-        return found, RouterView(wide, problem.ups, problem.ranks, grams, plain.frame, rows, plain.up_gram)
+        return found, RouterView(wide, problem.ups, problem.ranks, found.grams, plain.frame, rows, plain.up_gram)
 
     def _terms(self, problem: CanonicalProblem, stats: GramStats | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Q, G, R0 and mu of one layer; a layer without data is its anchor."""
@@ -196,8 +195,7 @@ def _scenes_measured(problem: CanonicalProblem, seen: SceneStats, view: RouterVi
     if problem.scenes is None or view is None:
         return {}
     device = view.router.device
-    mean = pooled(problem.scenes, seen.tokens.to(device), balanced=True)
-    return _measures(view.router, mean, selectors(seen.active.to(device), problem.ranks), view.up_gram)
+    return _measures(view.router, problem.scenes, selectors(seen.active.to(device), problem.ranks), view.up_gram)
 
 
 def _measures(router: Tensor, grams: Tensor, chosen: Tensor, up_gram: Tensor) -> dict[str, float]:

@@ -24,6 +24,7 @@ from ssr_core import GainsMerge, LoRALayer, SampleOptions, SSRMerge, Target, mer
 from ssr_core.diagnostics import block_energies, crosstalk, routing_error, scaling_error, separability
 from ssr_core.report import LayerReport, MergeReport
 from ssr_core.router import anchor_router, block_slices, gains, guide, pooled
+from ssr_core.triangles import per_token
 
 RANKS = (2, 3, 1)
 R = sum(RANKS)
@@ -75,7 +76,9 @@ def test_separability():
 
 def test_pooling_by_hand():
     tokens = torch.tensor([2.0, 0.0, 8.0], dtype=F64)
-    grams = torch.stack([torch.eye(2, dtype=F64) * v for v in (4.0, 0.0, 16.0)])
+    sums = torch.stack([torch.eye(2, dtype=F64) * v for v in (4.0, 0.0, 16.0)])
+    grams = per_token(sums, tokens, torch.device("cpu"))
+    assert float(sums[2, 0, 0]) == 16.0  # a copy
     assert pooled(grams, tokens, True).diagonal(dim1=1, dim2=2)[:, 0].tolist() == [2.0, 0.0, 2.0]
     assert pooled(grams, tokens, False).diagonal(dim1=1, dim2=2)[:, 0].tolist() == pytest.approx([0.4, 0.0, 1.6])
 
