@@ -9,6 +9,7 @@ from ..ssr_core import (
     CompressionReport,
     CompressOptions,
     IncompatibleError,
+    SSRMerge,
     bytes_per_rank,
     compress,
 )
@@ -53,13 +54,15 @@ def compressed(
         )
     sizes = bytes_per_rank(layers, loaded.key_map, options.key_style)
     begin = progress.reached
+    method = origin.options.method
     result, report = compress(
         origin.result,
         options,
         loaded.tasks,
         calibration,
-        balanced=getattr(origin.options.method, "balance", True),
-        joint_weight=getattr(origin.options.method, "joint_weight", 1.0),
+        balanced=getattr(method, "balance", True),
+        joint_weight=getattr(method, "joint_weight", SSRMerge.joint_weight),
+        neutral_weight=getattr(method, "neutral_weight", SSRMerge.neutral_weight),
         bytes_per_rank=lambda target, layer: sizes[target],
         device=host.compute_device(model),
         tick=lambda done, total: progress.at(begin + (1 - begin) * done / max(1, total)),

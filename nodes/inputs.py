@@ -139,15 +139,16 @@ def scene_inputs() -> list[io.Input]:
             default="",
             optional=True,
             advanced=True,
-            tooltip="Prompts that show none of the LoRAs, one a line: there the model should stay as it is. One or two "
-            "lower what the merge does to other pictures, and cost a little of each LoRA. Each takes one more pass.",
+            tooltip="Prompts that show none of the LoRAs, one a line: there the model should stay as it is. Four "
+            "that differ (a street, a forest, people, food) lower what the merge does to other pictures by a third and "
+            "cost little of each LoRA. Each takes one more pass.",
         ),
     ]
 
 
-def joint_weight_input() -> io.Input:
-    """Came later than the rest of the solve's settings, so it stands last in its nodes."""
-    return io.Float.Input(
+def weight_inputs() -> list[io.Input]:
+    """What scenes count. They came later than the rest of the solve's settings, so they stand last in their nodes."""
+    joint = io.Float.Input(
         "joint_weight",
         default=_DEFAULTS.joint_weight,
         min=0.0,
@@ -160,6 +161,20 @@ def joint_weight_input() -> io.Input:
         f"better and those of one LoRA worse; {_DEFAULTS.joint_weight:g} recommended, 4 if one of them is weak there. SSR "
         "Solve tries values without new passes. No effect without joint prompts.",
     )
+    neutral = io.Float.Input(
+        "neutral_weight",
+        default=_DEFAULTS.neutral_weight,
+        min=0.0,
+        max=100.0,
+        step=0.01,
+        round=0.001,
+        optional=True,
+        advanced=True,
+        tooltip="ssr: how much all neutral prompts count together, as a share of all LoRAs together. More keeps other "
+        f"pictures as they are and costs the LoRAs; {_DEFAULTS.neutral_weight:g} recommended, 0.2 if pictures without the "
+        "LoRAs still change. SSR Solve tries values without new passes. No effect without neutral prompts.",
+    )
+    return [joint, neutral]
 
 
 def solve_inputs() -> list[io.Input]:

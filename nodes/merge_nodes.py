@@ -14,13 +14,13 @@ from .inputs import (
     MODEL_TIP,
     SSR_CALIBRATION,
     calibration_inputs,
-    joint_weight_input,
     lora_sockets,
     merge_outputs,
     optional_calibration_inputs,
     sample_input,
     scene_inputs,
     solve_inputs,
+    weight_inputs,
 )
 from .loading import load
 from .options import calibration_options, solve_method, solve_options
@@ -59,7 +59,7 @@ class SSRMergeNode(io.ComfyNode):
                 *solve_inputs(),
                 sample_input(),
                 *scene_inputs(),
-                joint_weight_input(),
+                *weight_inputs(),
             ],
             outputs=[
                 *merge_outputs(),
@@ -141,7 +141,7 @@ class SSRSolve(io.ComfyNode):
                 ),
                 lora_sockets(minimum=0),
                 *solve_inputs(),
-                joint_weight_input(),
+                *weight_inputs(),
             ],
             outputs=[
                 *merge_outputs(),

@@ -158,8 +158,14 @@ def moment_options(values: Mapping[str, Any]) -> MomentOptions:
 def solve_method(values: Mapping[str, Any]) -> MergeMethod:
     """The method of a `mode` input; all but ssr keep the defaults of their parameters there."""
     if values["mode"] == SSRMerge.name:
-        weight = values.get("joint_weight", SSRMerge.joint_weight)  # nodes and workflows without the input
-        return SSRMerge(values["ridge"], cast(Anchor, values["anchor"]), values["balance"], joint_weight=weight)
+        return SSRMerge(
+            values["ridge"],
+            cast(Anchor, values["anchor"]),
+            values["balance"],
+            # nodes and workflows without these inputs
+            joint_weight=values.get("joint_weight", SSRMerge.joint_weight),
+            neutral_weight=values.get("neutral_weight", SSRMerge.neutral_weight),
+        )
     return METHODS[values["mode"]]()
 
 

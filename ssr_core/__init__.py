@@ -67,7 +67,8 @@ from .records import TaskRecord, records_of
 from .report import FileAccount, LayerReport, MergeReport
 from .router import ANCHORS, Anchor
 from .sampling import InputSample, SampleOptions
-from .scenes import Scene, SceneStats, parse_scenes
+from .scene_lines import parse_scenes
+from .scenes import Scene, SceneStats
 from .signals.budget import MB
 from .signals.cleaning import CleanRule, clean
 from .signals.estimate import SMALL_RECORDS, SmallRecords, from_records

@@ -20,7 +20,8 @@ from .gram import GramStats
 from .heldout import HeldOut
 from .records import TaskRecord
 from .sampling import InputSample, joined
-from .scenes import counted, settings_with_scenes, summed_scenes
+from .scene_lines import settings_with_scenes
+from .scenes import counted, summed_scenes
 from .targets import Target
 from .updates import keep
 

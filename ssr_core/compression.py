@@ -19,6 +19,7 @@ from .lookup import Statistics
 from .merge import MergeResult, cast
 from .methods import SumMerge
 from .output_directions import FOREIGN, OutputDirections, Watched, output_directions, saved_error, watched
+from .scenes import JOINT_WEIGHT, NEUTRAL_WEIGHT
 from .stacks import LayerStack, Task, build_stacks
 from .targets import Target
 
@@ -99,7 +100,8 @@ def compress(
     calibration: Calibration | None = None,
     *,
     balanced: bool = True,
-    joint_weight: float = 1.0,
+    joint_weight: float = JOINT_WEIGHT,
+    neutral_weight: float = NEUTRAL_WEIGHT,
     bytes_per_rank: BytesPerRank = plain_bytes,
     device: torch.device | None = None,
     tick: Callable[[int, int], None] = lambda done, total: None,
@@ -117,6 +119,7 @@ def compress(
         calibration: Their statistics.
         balanced: Weight tasks equally instead of by their number of tokens.
         joint_weight: How much joint prompts count; that of the merge.
+        neutral_weight: The same for neutral prompts.
         bytes_per_rank: Size of one rank of a layer as the file will have it.
         device: Where to compute; None is the CPU.
         tick: Called with (layers done, layers in all); may raise to cancel.
@@ -134,7 +137,7 @@ def compress(
     found: list[_Candidate] = []
     for done, (target, layer) in enumerate(result.layers.items()):
         tick(done, len(result.layers))
-        seen, reason = _seen(target, layer, stacks, lookup, (balanced, joint_weight), device)
+        seen, reason = _seen(target, layer, stacks, lookup, (balanced, joint_weight, neutral_weight), device)
         found.append(_Candidate(target, layer, seen, reason, output_directions(layer, seen, device, options.ridge)))
     tick(len(found), len(found))
     fixed = sum(value.numel() * value.element_size() for value in result.vectors.values())
@@ -163,7 +166,7 @@ def _seen(
     layer: LoRALayer,
     stacks: Mapping[Target, LayerStack],
     lookup: Statistics,
-    weighting: tuple[bool, float],
+    weighting: tuple[bool, float, float],
     device: torch.device,
 ) -> tuple[Watched | None, str]:
     """A layer's inputs, or why they are not known."""

@@ -14,7 +14,8 @@ from .merge import describe
 from .methods import MergeMethod
 from .moments import MomentOptions
 from .osrm_layer import RefitOptions
-from .scenes import scenes_of, settings_with_scenes
+from .scene_lines import settings_with_scenes
+from .scenes import scenes_of
 from .stacks import Task
 from .version import VERSION
 

@@ -22,6 +22,7 @@ from .canonical import balance
 from .gram import GramStats
 from .refinement import weighted_tokens
 from .router import correlation, pooled, pooled_scenes
+from .scenes import JOINT_WEIGHT, NEUTRAL_WEIGHT
 from .stacks import LayerStack
 
 FOREIGN = 0.02
@@ -79,7 +80,12 @@ class Watched:
 
 
 def watched(
-    stack: LayerStack, stats: GramStats, device: torch.device, balanced: bool = True, joint_weight: float = 1.0
+    stack: LayerStack,
+    stats: GramStats,
+    device: torch.device,
+    balanced: bool = True,
+    joint_weight: float = JOINT_WEIGHT,
+    neutral_weight: float = NEUTRAL_WEIGHT,
 ) -> Watched | None:
     """What calibration knows about a stack's inputs; None where it saw nothing.
 
@@ -89,16 +95,18 @@ def watched(
         device: Where to compute.
         balanced: Weight tasks equally instead of by their number of tokens.
         joint_weight: How much joint prompts count, as in `SSRMerge`.
+        neutral_weight: The same for neutral prompts.
     """
     if not stats.complete or stats.gram.shape[1] == 0:
         return None
     rows = stack.basis.to(device, torch.float64)
     gram = correlation(pooled(stats.per_token(device), stats.tokens.to(device), balanced))
     seen = stats.scenes
+    emphasis = stats.tokens[:0] if seen is None else seen.emphasis(joint_weight, neutral_weight)
     if seen is not None:
         scenes = seen.per_token(device)
         more = pooled_scenes(scenes, seen.tokens.to(gram), seen.weights.to(gram), stats.tokens.to(gram), balanced)
-        gram = gram + correlation(more * seen.emphasis(joint_weight).to(gram)[:, None, None])
+        gram = gram + correlation(more * emphasis.to(gram)[:, None, None])
     values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
     keep = values > _NOISE * torch.finfo(stats.gram.dtype).eps * values[-1]
     if not bool(values[-1] > 0) or not bool(torch.isfinite(values).all()):
@@ -106,14 +114,13 @@ def watched(
     root = vectors[:, keep] * values[keep].sqrt()
     tokens = None
     if stats.samples is not None and (seen is None or seen.samples is not None):
-        tokens = weighted_tokens(stats.all_samples, rows, _weights(stats, balanced, joint_weight))[0]
+        tokens = weighted_tokens(stats.all_samples, rows, _weights(stats, balanced, emphasis))[0]
     return Watched(rows, root, float(gram.diagonal().mean()), tokens)
 
 
-def _weights(stats: GramStats, balanced: bool, joint_weight: float) -> list[float]:
+def _weights(stats: GramStats, balanced: bool, emphasis: Tensor) -> list[float]:
     """What the samples of tasks and scenes weigh: as their Grams do in `pooled` and `pooled_scenes`."""
     seen = stats.scenes
-    emphasis = stats.tokens[:0] if seen is None else seen.emphasis(joint_weight)
     if balanced:
         return [*(1.0 for _ in stats.ranks), *([] if seen is None else (seen.weights * emphasis).tolist())]
     counts = stats.tokens if seen is None else torch.cat([stats.tokens, seen.tokens * emphasis])

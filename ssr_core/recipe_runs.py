@@ -8,7 +8,8 @@ from typing import Any
 
 from .combining import RUNS
 from .errors import CalibrationError, FileError, IncompatibleError
-from .scenes import parse_scenes, scenes_of, settings_with_scenes
+from .scene_lines import parse_scenes, settings_with_scenes
+from .scenes import scenes_of
 from .signals.record_header import read_options
 from .signals.sketch import RecordOptions
 

@@ -4,24 +4,28 @@ A router that has seen each LoRA alone keeps one LoRA where several are wanted (
 subjects in one picture). A scene's pass runs with all of its LoRAs active as a plain sum, and the sum of
 their branches is what the router should give there; under a neutral prompt nobody acts, and it should
 give nothing. With J the second moments of a scene, P the selector of its LoRAs' rows and w its weight (their
-number times `SSRMerge.joint_weight`; 1 for a neutral prompt, which counts as one LoRA's own),
+number times `SSRMerge.joint_weight`; neutral prompts share `SSRMerge.neutral_weight` times K among them),
 
     G = sum_k S_k + sum_j w_j J_j,      Q = sum_k E_k S_k + sum_j w_j P_j J_j.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePath
 
 import torch
 from torch import Tensor
 
-from .errors import CalibrationError, IncompatibleError
+from .errors import CalibrationError
 from .sampling import InputSample, joined
 from .triangles import pack, packed_size, per_token, unpack
+
+JOINT_WEIGHT = 1.0
+"""What a joint prompt counts for each of its LoRAs, as a share of that LoRA's own prompts."""
+
+NEUTRAL_WEIGHT = 0.05
+"""What all neutral prompts together count, as a share of all LoRAs' own prompts."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,15 @@ class SceneStats:
 
     @property
     def weights(self) -> Tensor:
-        """(J,) float64: the number of LoRAs that act in each scene, at least 1; methods may weigh joint ones more."""
+        """(J,) float64: the number of LoRAs that act in each scene, at least 1; `emphasis` is what methods change."""
         return self.active.sum(dim=1).clamp_min(1).double()
 
-    def emphasis(self, joint_weight: float) -> Tensor:
-        """(J,) float64: what `weights` are multiplied by. Nothing changes where no LoRA of the stack acts."""
-        return 1 + (joint_weight - 1) * self.active.any(dim=1).double()
+    def emphasis(self, joint_weight: float, neutral_weight: float) -> Tensor:
+        """(J,) float64: what `weights` are multiplied by; scenes in which no LoRA of the stack acts share theirs."""
+        acting = self.active.any(dim=1).double()
+        silent = (1 - acting) * (self.tokens > 0)
+        each = neutral_weight * self.active.shape[1] / silent.sum().clamp_min(1)
+        return joint_weight * acting + each * silent
 
     def choose(self, scenes: Sequence[int]) -> SceneStats | None:
         """Some of the scenes; None if that is none."""
@@ -165,95 +172,3 @@ def _joined(runs: Sequence[tuple[InputSample, ...] | None]) -> InputSample | Non
     """One scene's samples of all runs; None where a run that saw the layer kept none."""
     kept = [one[0] for one in runs if one is not None]
     return joined([(one, 1.0) for one in kept]) if kept and len(kept) == len(runs) else None
-
-
-_CHOSEN = re.compile(r"\s*\[([^\]]*)\](.*)", re.DOTALL)
-
-
-def parse_scenes(joint: Sequence[str], neutral: Sequence[str], names: Sequence[str]) -> tuple[Scene, ...]:
-    """Scenes from lines that a person wrote.
-
-    Args:
-        joint: Prompts of all LoRAs together, or of some: `[alice, bob] two women`, by file name (with or
-            without folder and extension) or by number, from 1. Empty lines do not count.
-        neutral: Prompts under which no LoRA acts.
-        names: Of the LoRAs.
-
-    Raises:
-        IncompatibleError: No such LoRA, a name that several have, fewer than two LoRAs, or no text.
-    """
-    found = []
-    for line in filter(None, map(str.strip, joint)):
-        match = _CHOSEN.fullmatch(line)
-        if match is None and line.startswith("["):
-            raise IncompatibleError(
-                f"in the joint prompt {line!r} the bracket is not closed.",
-                remedy="write who takes part in brackets, then the prompt: [alice, bob] two women.",
-            )
-        tasks = set(range(len(names))) if match is None else {_chosen(one, names) for one in match[1].split(",")}
-        if len(tasks) < 2:
-            raise IncompatibleError(
-                f"the joint prompt {line!r} is of one LoRA alone.",
-                remedy="a prompt of one LoRA belongs to its SSR LoRA; name two or more: [alice, bob] two women.",
-            )
-        prompt = line if match is None else match[2].strip()
-        if not prompt:
-            raise IncompatibleError(
-                f"the joint prompt {line!r} has no text.", remedy="write it in the same line: [alice, bob] two women."
-            )
-        found.append(Scene(prompt, tuple(sorted(tasks))))
-    return (*found, *(Scene(line) for line in map(str.strip, neutral) if line))
-
-
-def scene_lines(scenes: Sequence[Scene], names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Lines that `parse_scenes` reads as these scenes: joint ones by number, and neutral ones.
-
-    Args:
-        scenes: Some scenes.
-        names: Of the LoRAs, as for `parse_scenes`.
-    """
-    called = {spelling for name in names for spelling in _spellings(name)}
-
-    def number(task: int) -> str:
-        found = str(task + 1)
-        while found in called:  # a LoRA's name goes before a number
-            found = f"0{found}"
-        return found
-
-    joint = [f"[{', '.join(map(number, one.tasks))}] {one.prompt}" for one in scenes if one.tasks]
-    return joint, [one.prompt for one in scenes if not one.tasks]
-
-
-def settings_with_scenes(
-    settings: Mapping[str, object], scenes: Sequence[Scene], names: Sequence[str]
-) -> dict[str, object]:
-    """Settings whose joint and neutral prompts are these scenes, by the LoRAs' numbers.
-
-    What a person wrote is about the LoRAs of then, in their order of then; some may be gone or stand elsewhere.
-    """
-    if not scenes and "joint_prompts" not in settings:
-        return dict(settings)
-    joint, neutral = scene_lines(scenes, names)
-    return {**settings, "joint_prompts": joint, "neutral_prompts": neutral}
-
-
-def _spellings(name: str) -> tuple[str, str, str]:
-    """How people may write a LoRA's name."""
-    return name, PurePath(name).name, PurePath(name).stem
-
-
-def _chosen(wanted: str, names: Sequence[str]) -> int:
-    """Index of the LoRA that a joint prompt names."""
-    wanted = wanted.strip()
-    found = [i for i, name in enumerate(names) if wanted in _spellings(name)]
-    if wanted.isdecimal() and not found:
-        found = [int(wanted) - 1] if 0 < int(wanted) <= len(names) else []
-    if len(found) != 1:
-        listed = ", ".join(f"{i} {name}" for i, name in enumerate(names, 1))
-        problem = "several LoRAs are called" if found else "no LoRA that is switched on is called"
-        raise IncompatibleError(
-            f"in a joint prompt: {problem} {wanted!r}.",
-            remedy=f"write numbers or names of: {listed}. If the bracket belongs to the prompt, name the LoRAs before "
-            "it: [1, 2] [word] text.",
-        )
-    return found[0]

@@ -98,18 +98,18 @@ def told(sampling: Sampling) -> dict[str, Method]:
         "SSR (ours, joint prompt)": engine(SSRMerge(), joint),
         "SSR (ours, joint prompt of weight 4)": engine(SSRMerge(joint_weight=4), joint),
         "SSR (ours, joint prompt of weight 16)": engine(SSRMerge(joint_weight=16), joint),
-        "SSR (ours, joint and two neutral prompts)": engine(SSRMerge(), replace(joint, neutral=2)),
+        "SSR (ours, joint and four neutral prompts)": engine(SSRMerge(), replace(joint, neutral=4)),
     }
 
 
 def careful(sampling: Sampling) -> dict[str, Method]:
     """Methods that also see prompts that name no LoRA."""
-    names = {
-        1: "SSR (ours, one neutral prompt)",
-        2: "SSR (ours, two neutral prompts)",
-        4: "SSR (ours, four neutral prompts)",
+    four, eight = replace(sampling, neutral=4), replace(sampling, neutral=8)
+    return {
+        "SSR (ours, four neutral prompts)": engine(SSRMerge(), four),
+        "SSR (ours, eight neutral prompts)": engine(SSRMerge(), eight),
+        "SSR (ours, four neutral prompts of weight 0.2)": engine(SSRMerge(neutral_weight=0.2), four),
     }
-    return {name: engine(SSRMerge(), replace(sampling, neutral=number)) for number, name in names.items()}
 
 
 def without_slow(methods: dict[str, Method]) -> dict[str, Method]:

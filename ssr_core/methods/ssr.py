@@ -16,7 +16,7 @@ from ..errors import IncompatibleError, SolveError
 from ..gram import GramStats
 from ..refinement import LEAST_RIDGE, SMALLEST_RIDGE, Refinement, refine, sampled_grams
 from ..router import Anchor, anchor_router, correlation, guide, pooled, pooled_scenes, solve, with_scenes
-from ..scenes import SceneStats, selectors
+from ..scenes import JOINT_WEIGHT, NEUTRAL_WEIGHT, SceneStats, selectors
 from ..stacks import LayerStack
 from .base import CanonicalProblem, MergedFactors, RouterView, absorb, canonical_problem
 
@@ -30,8 +30,7 @@ NEUTRAL = "effect left on prompts under which no LoRA of the layer acts"
 class SSRMerge:
     """Least-squares router, ridge relative to the mean signal, pulled toward an anchor.
 
-    Joint and neutral prompts (`scenes`) take part where calibration had some; a neutral prompt counts as
-    much as one LoRA's own.
+    Joint and neutral prompts (`scenes`) take part where calibration had some.
 
     Attributes:
         ridge: Fraction of the mean diagonal of G that is added to its diagonal; 0 is plain least squares
@@ -45,9 +44,12 @@ class SSRMerge:
             LoRA's own prompts. A layer that has none of its LoRAs takes it as a neutral prompt.
         refine_ridge: Least ridge of the correction, as a fraction of the inputs' mean squared norm. Less comes
             nearer to each LoRA under its calibration prompt and strays further under other prompts.
+        neutral_weight: How much all neutral prompts count together, as a share of all LoRAs together (not balanced:
+            if all passes have as many tokens). Several prompts of little weight keep other pictures as they are at
+            less cost to the LoRAs than one of much weight.
 
     Raises:
-        IncompatibleError: `joint_weight` is negative or not finite, or `refine_ridge` below 1e-6 or not finite.
+        IncompatibleError: A weight is negative or not finite, or `refine_ridge` below 1e-6 or not finite.
     """
 
     name: ClassVar[str] = "ssr"
@@ -57,12 +59,14 @@ class SSRMerge:
     anchor: Anchor = "sum"
     balance: bool = True
     refine: bool = True
-    joint_weight: float = 1.0
+    joint_weight: float = JOINT_WEIGHT
     refine_ridge: float = LEAST_RIDGE
+    neutral_weight: float = NEUTRAL_WEIGHT
 
     def __post_init__(self) -> None:
-        if not (self.joint_weight >= 0 and math.isfinite(self.joint_weight)):
-            raise IncompatibleError(f"joint_weight is {self.joint_weight}.", remedy="use a number from 0 on.")
+        for name, weight in (("joint_weight", self.joint_weight), ("neutral_weight", self.neutral_weight)):
+            if not (weight >= 0 and math.isfinite(weight)):
+                raise IncompatibleError(f"{name} is {weight}.", remedy="use a number from 0 on.")
         if not (self.refine_ridge >= SMALLEST_RIDGE and math.isfinite(self.refine_ridge)):
             raise IncompatibleError(f"refine_ridge is {self.refine_ridge}.", remedy=f"use {LEAST_RIDGE:g}.")
 
@@ -157,7 +161,7 @@ class SSRMerge:
             return None
         plain, basis = before or problem.view(router), problem.basis(stack, torch.float64)
         chosen = router[:0] if seen is None else selectors(seen.active.to(router.device), problem.ranks)
-        weights = [] if seen is None else (seen.emphasis(self.joint_weight) * seen.weights).tolist()
+        weights = [] if seen is None else (self._emphasis(seen) * seen.weights).tolist()
         scenes = zip(() if seen is None else seen.samples or (), chosen, weights, strict=True)
         counting = [one for one in scenes if one[-1] > 0]
         found = refine(stats.samples, basis, problem.ranks, router, plain.up_gram, counting, self.refine_ridge)
@@ -166,6 +170,9 @@ class SSRMerge:
         wide = torch.cat([router, torch.eye(len(router)).to(router)], dim=1)
         rows = torch.cat([basis, found.down])
         return found, RouterView(wide, problem.ups, problem.ranks, found.grams, plain.frame, rows, plain.up_gram)
+
+    def _emphasis(self, seen: SceneStats) -> Tensor:
+        return seen.emphasis(self.joint_weight, self.neutral_weight)
 
     def _terms(self, problem: CanonicalProblem, stats: GramStats | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Q, G, R0 and mu of one layer; a layer without data is its anchor."""
@@ -180,7 +187,7 @@ class SSRMerge:
             scenes = pooled_scenes(
                 problem.scenes, seen.tokens.to(g), seen.weights.to(g), stats.tokens.to(g), self.balance
             )
-            scenes = scenes * seen.emphasis(self.joint_weight).to(g)[:, None, None]
+            scenes = scenes * self._emphasis(seen).to(g)[:, None, None]
             q, g = with_scenes(q, g, scenes, selectors(seen.active.to(g.device), problem.ranks))
         g = (g + g.T) / 2
         own = g.diagonal()

@@ -30,6 +30,7 @@ def routed(
     balance: bool = True,
     refine: bool = False,
     scenes: Sequence[tuple[Tensor, Sequence[int]]] = (),
+    neutral: float = 0.05,
 ) -> Tensor:
     """Merged delta of one layer.
 
@@ -42,6 +43,7 @@ def routed(
         refine: Add the regression of what is left over on all inputs.
         scenes: Inputs of further passes, (N, in), and the positions of the deltas whose sum is wanted there; each
             counts as so many tasks.
+        neutral: Share of all tasks that those without any count together.
     """
     bases = [row_space(delta) for delta in deltas]
     basis = torch.cat(bases, dim=1)
@@ -49,7 +51,8 @@ def routed(
     own = torch.cat([torch.full((b.shape[1],), k) for k, b in enumerate(bases)])
     total = sum(x.shape[0] for x in inputs)
     passes = [(x, [k]) for k, x in enumerate(inputs)] + list(scenes)
-    weights = [max(1, len(who)) / x.shape[0] if balance else 1 / total for x, who in passes]
+    silent = neutral * len(deltas) / max(1, sum(not who for _, who in scenes))
+    weights = [(len(who) or silent) / x.shape[0] if balance else 1 / total for x, who in passes]
     signals = [x @ basis * weight**0.5 for (x, _), weight in zip(passes, weights, strict=True)]
     acting = [torch.isin(own, torch.tensor(list(who), dtype=own.dtype)) for _, who in passes]
     mu = ridge * sum(float(z.square().sum()) for z in signals) / size

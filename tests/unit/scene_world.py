@@ -45,25 +45,22 @@ def merged(calibration, method=None, tasks=TASKS):
     return result.layers[LAYER].delta(F64), result.report
 
 
-def mass(acting, weight=SSRMerge.joint_weight):
-    """What a pass in which these LoRAs act weighs."""
-    return weight * len(acting) if len(acting) > 1 else 1
+def masses(scenes, count, joint=SSRMerge.joint_weight, neutral=SSRMerge.neutral_weight):
+    """What each pass weighs: the LoRAs' own, then the scenes'."""
+    silent = sum(not scene.tasks for scene in scenes)
+    return [1.0] * count + [joint * len(one.tasks) if one.tasks else neutral * count / silent for one in scenes]
 
 
-def least_squares(tokens, seen, scenes, ridge=0.01, tasks=TASKS, weight=SSRMerge.joint_weight):
-    """The router by lstsq.
-
-    Every pass weighs as many LoRAs as act in it (at least 1), a joint one `weight` times that. `ridge` of the
-    mean signal pulls toward the plain sum.
-    """
+def least_squares(tokens, seen, scenes, ridge=0.01, tasks=TASKS, **weights):
+    """The router by lstsq over all passes; `ridge` of the mean signal pulls toward the plain sum."""
     coordinates = [svd_coordinates(*pair) for pair in factors_of(tasks)]
     basis, ups = torch.cat([v for v, _ in coordinates]), torch.cat([b for _, b in coordinates], dim=1)
     owner = torch.cat([torch.full((len(v),), k) for k, (v, _) in enumerate(coordinates)])
     passes = [(x, (k,)) for k, x in enumerate(tokens)]
     passes += [(x, scene.tasks) for x, scene in zip(seen, scenes, strict=True)]
     left, right = [], []
-    for x, acting in passes:
-        z = x @ basis.T * (mass(acting, weight) / len(x)) ** 0.5
+    for (x, acting), mass in zip(passes, masses(scenes, len(tokens), **weights), strict=True):
+        z = x @ basis.T * (mass / len(x)) ** 0.5
         left.append(z)
         right.append(z * torch.isin(owner, torch.tensor(acting, dtype=torch.int64)))
     mu = ridge * sum(z.square().sum() for z in left) / len(basis)

@@ -174,8 +174,8 @@ def test_metadata_holds_the_recipe():
     metadata = merge_metadata(tasks, SSRMerge(ridge=0.25, anchor="gains"), calibration, {"dtype": "bf16"})
     recipe = json.loads(metadata["ssr_merge"])
     assert recipe["method"] == "ssr" and recipe["dtype"] == "bf16"
-    defaults = {"balance": True, "refine": True, "joint_weight": SSRMerge.joint_weight, "refine_ridge": 0.1}
-    assert recipe["parameters"] == {"ridge": 0.25, "anchor": "gains", **defaults}
+    defaults = {"balance": True, "refine": True, "joint_weight": 1.0, "refine_ridge": 0.1}
+    assert recipe["parameters"] == {"ridge": 0.25, "anchor": "gains", "neutral_weight": 0.05, **defaults}
     assert [s["sha256"] for s in recipe["sources"]] == ["task0", "task1"]
     assert recipe["sources"][0]["prompts"] == ["task0"] and recipe["calibration"]["strengths"] == [[1.0, 1.0]] * 2
     assert metadata["modelspec.title"] == "task0 + task1" and all(isinstance(v, str) for v in metadata.values())

@@ -28,7 +28,7 @@ from ssr_core import (
     save_calibration,
 )
 from ssr_core.calibration_io import FORMAT
-from ssr_core.scenes import scene_lines
+from ssr_core.scene_lines import scene_lines
 
 
 def test_the_report_of_a_subset_says_that_joint_prompts_take_no_part():

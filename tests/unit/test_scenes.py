@@ -14,7 +14,7 @@ from helpers import (
     rel,
     task,
 )
-from scene_world import IN, OUT, RANK, SCENES, SEEN, TASKS, TOKENS, calibrated, least_squares, mass, merged
+from scene_world import IN, OUT, RANK, SCENES, SEEN, TASKS, TOKENS, calibrated, least_squares, masses, merged
 from torch import nn
 
 from ssr_core import (
@@ -109,8 +109,8 @@ def test_refinement_is_the_regression_of_what_is_left_on_all_inputs():
     passes = [(x, (k,)) for k, x in enumerate(TOKENS)]
     passes += [(x, scene.tasks) for x, scene in zip(SEEN, SCENES, strict=True)]
     inputs, lacks = [], []
-    for x, acting in passes:
-        scale = (mass(acting) / len(x)) ** 0.5
+    for (x, acting), mass in zip(passes, masses(SCENES, len(TOKENS)), strict=True):
+        scale = (mass / len(x)) ** 0.5
         wanted = sum((deltas[k] for k in acting), torch.zeros(OUT, IN, dtype=F64))
         inputs.append(scale * x)
         lacks.append(scale * x @ (wanted - plain).T)
