@@ -1,4 +1,4 @@
-"""What to do for pictures that show several LoRAs at once, in plain words with the values to set."""
+"""What to do for pictures that show several LoRAs at once, or none, in plain words with the values to set."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ LOST_TOGETHER = 0.2
 ALREADY_MUCH = 0.6
 """Error on the LoRAs' own prompts from which they cannot spare more."""
 
+MANY = 3
+"""LoRAs from which other pictures change enough to be worth neutral prompts."""
+
 MOST_WEIGHT = 100.0
 """What the input joint_weight of the nodes takes at most."""
 
@@ -26,17 +29,32 @@ MOST_WEIGHT = 100.0
 def together(
     report: MergeReport, tasks: Sequence[Task], calibration: Calibration | None, method: MergeMethod
 ) -> list[str]:
-    """What to do for pictures that show several of the LoRAs: calibrate on them, or let that count for more."""
+    """What to do for pictures of several LoRAs or none: calibrate on them, or let that count for more."""
     if not routes(method) or calibration is None or len(report.tasks) < 2:
         return []
     if math.isnan(report.reconstruction_error()):
         return []
-    if any(scene.tasks for scene in scenes_of(calibration.scenes, calibration.match_active(tasks))[1]):
-        return _more_weight(report, method)
+    scenes = scenes_of(calibration.scenes, calibration.match_active(tasks))[1]
+    several = _more_weight(report, method) if any(scene.tasks for scene in scenes) else _ask_for_joint()
+    none = [] if any(not scene.tasks for scene in scenes) else _ask_for_neutral(sum(task.active for task in tasks))
+    return [*several, *none]
+
+
+def _ask_for_joint() -> list[str]:
     return [
         "Calibration saw each LoRA alone. For several of them in one picture (two subjects, a subject in a style) "
         "write that prompt into joint_prompts of SSR Merge or SSR Calibrate and run that; without it routing tends to "
         "keep one of them."
+    ]
+
+
+def _ask_for_neutral(count: int) -> list[str]:
+    if count < MANY:
+        return []
+    return [
+        f"With {count} LoRAs pictures that show none of them change as well. Four prompts that name none and differ "
+        "(a street, a forest, people, food), written into neutral_prompts of SSR Merge or SSR Calibrate, hold them back "
+        "at little cost to the LoRAs; each takes one more pass."
     ]
 
 

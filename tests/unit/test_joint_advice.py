@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from scene_world import TASKS, calibrated, merged
+from scene_world import SCENES, SEEN, TASKS, calibrated, merged
 
 from ssr_core import AverageMerge, SSRMerge
 from ssr_core.joint_advice import MOST_WEIGHT, together
@@ -22,6 +22,16 @@ def test_without_a_joint_prompt_one_is_asked_for():
     for method, wanted in ((SSRMerge(refine=False), 1), (AverageMerge(), 0)):
         advice = merged(calibrated(scenes=(), seen=[]), method)[1].advice
         assert len([line for line in advice if "joint_prompts" in line]) == wanted
+
+
+@pytest.mark.parametrize(
+    ("count", "scenes", "wanted"), [(3, (), 1), (2, (), 0), (3, SCENES[2:], 0), (3, SCENES[:1], 1)]
+)
+def test_without_a_neutral_prompt_some_are_asked_for_from_three_loras_on(count, scenes, wanted):
+    seen = [SEEN[SCENES.index(one)] for one in scenes]
+    tasks = TASKS[:count]
+    report = merged(calibrated(scenes=scenes, seen=seen, tasks=tasks), tasks=tasks)[1]
+    assert len([line for line in report.advice if "neutral_prompts" in line]) == wanted
 
 
 def test_where_much_of_a_joint_prompt_is_missed_a_weight_is_named():
