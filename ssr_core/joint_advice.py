@@ -52,9 +52,9 @@ def _ask_for_neutral(count: int) -> list[str]:
     if count < MANY:
         return []
     return [
-        f"With {count} LoRAs pictures that show none of them change as well. Four prompts that name none and differ "
-        "(a street, a forest, people, food), written into neutral_prompts of SSR Merge or SSR Calibrate, hold them back "
-        "at little cost to the LoRAs; each takes one more pass."
+        f"With {count} LoRAs pictures that show none of them change as well. Four prompts that name none and vary "
+        "(a street, a forest, people, food), written into neutral_prompts of SSR Merge or SSR Calibrate, hold them "
+        "back at little cost to the LoRAs; each takes one more pass."
     ]
 
 

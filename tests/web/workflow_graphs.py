@@ -19,7 +19,7 @@ GRAPHS = {
         ONE,
         TWO,
         ("merge", "SSRMerge", 440, 150, BOTH, MERGE, None),
-        ("report", "PreviewAny", 440, 1260, {}, {"source": "merge.4"}, "Report"),
+        ("report", "PreviewAny", 440, 1300, {}, {"source": "merge.4"}, "Report"),
         *sampling("a", "merge.0", "merge.1", "ckpt.2", 0, TOGETHER),
         note(
             "note",
@@ -43,7 +43,7 @@ GRAPHS = {
             {"model": "unet.0", "clip": "clips.0", "loras.lora0": "one.0", "loras.lora1": "two.0"},
             None,
         ),
-        ("report", "PreviewAny", 440, 1260, {}, {"source": "merge.4"}, "Report"),
+        ("report", "PreviewAny", 440, 1300, {}, {"source": "merge.4"}, "Report"),
         *sampling("a", "merge.0", "merge.1", "vae.0", 0, STYLED, flux=True),
         note(
             "note",
