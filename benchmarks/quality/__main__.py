@@ -52,7 +52,11 @@ PARTS: dict[str, Part] = {
     "data": lambda world, seeds, chosen: steps_and_tokens(world, seeds[:3]),
     "wording": lambda world, seeds, chosen: wording(world, seeds[:3]),
     "many": lambda world, seeds, chosen: preservation(
-        world, chosen(without_slow(compared(sampling_of(world)))), world.scale.many, seeds[:2], table="many subjects"
+        world,
+        chosen(without_slow(compared(sampling_of(world)) | careful(sampling_of(world)))),
+        world.scale.many,
+        seeds[:2],
+        table="many subjects",
     ),
 }
 """Independent parts of the benchmark."""

@@ -152,6 +152,11 @@ class Case:
         model = with_deltas(self.base, total)
         return [_grams(model, self.one_pass(model, prompt, sampling)) for prompt in self.joint]
 
+    def neutral_grams(self, sampling: Sampling) -> list[dict[str, Tensor]]:
+        """The same for each neutral prompt, no LoRA at all."""
+        prompts = [scene.prompt for scene in self.scenes(sampling) if not scene.tasks]
+        return [_grams(self.base, self.one_pass(self.base, prompt, sampling)) for prompt in prompts]
+
     def with_prompts(self, prompts: Sequence[str]) -> Case:
         """The same LoRAs under other words."""
         loras = [replace(one, prompt=prompt) for one, prompt in zip(self.loras, prompts, strict=True)]

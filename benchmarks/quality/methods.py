@@ -65,6 +65,22 @@ def with_joint(one: LayerMerge, sampling: Sampling) -> Method:
     return run
 
 
+def with_neutral(one: LayerMerge, sampling: Sampling, weight: float) -> Method:
+    """The same with neutral prompts' inputs, on which no change is wanted, counting together as much as in SSR."""
+
+    def run(case: Case) -> dict[str, Tensor]:
+        deltas, grams, more = case.deltas, case.input_grams(sampling), case.neutral_grams(sampling)
+        share = weight * len(deltas) / len(more)
+
+        def merged(path: str) -> Tensor:
+            own, none = [d[path] for d in deltas], torch.zeros_like(deltas[0][path])
+            return one([*own, *(none for _ in more)], [*(g[path] for g in grams), *(share * g[path] for g in more)])
+
+        return {path: merged(path) for path in deltas[0]}
+
+    return run
+
+
 def sampling_of(world: World) -> Sampling:
     """What all methods that need data get to see: whole sampling runs."""
     return Sampling(steps=world.scale.calibration_steps, images=world.scale.images)
@@ -106,6 +122,7 @@ def careful(sampling: Sampling) -> dict[str, Method]:
     """Methods that also see prompts that name no LoRA."""
     four, eight = replace(sampling, neutral=4), replace(sampling, neutral=8)
     return {
+        "RegMean, eight neutral prompts": with_neutral(regmean, eight, SSRMerge.neutral_weight),
         "SSR (ours, four neutral prompts)": engine(SSRMerge(), four),
         "SSR (ours, eight neutral prompts)": engine(SSRMerge(), eight),
         "SSR (ours, four neutral prompts of weight 0.2)": engine(SSRMerge(neutral_weight=0.2), four),
