@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..speed.machine import describe
-from .ablation import ablation, steps_and_tokens, wording
+from .ablation import ablation, neutral_prompts, steps_and_tokens, wording
 from .methods import Method, careful, compared, protecting, protecting_several, sampling_of, told, without_slow
 from .protocols import baseline, composition, preservation
 from .records import Record, rows
@@ -50,6 +50,7 @@ PARTS: dict[str, Part] = {
     "starts": lambda world, seeds, chosen: starts(world, seeds[:3]),
     "solve": lambda world, seeds, chosen: ablation(world, seeds[:3]),
     "data": lambda world, seeds, chosen: steps_and_tokens(world, seeds[:3]),
+    "neutral": lambda world, seeds, chosen: neutral_prompts(world, seeds[:3]),
     "wording": lambda world, seeds, chosen: wording(world, seeds[:3]),
     "many": lambda world, seeds, chosen: preservation(
         world,

@@ -53,6 +53,23 @@ def data(sampling: Sampling) -> dict[str, Method]:
     return found
 
 
+def silent(sampling: Sampling) -> dict[str, Method]:
+    """How many neutral prompts, and how much they count."""
+    found = {"none": engine(SSRMerge(), sampling)}
+    for number, weights in ((1, (0.05, 0.2)), (4, (0.02, 0.05, 0.2, 1.0)), (8, (0.02, 0.05, 0.2))):
+        for weight in weights:
+            method = engine(SSRMerge(neutral_weight=weight), replace(sampling, neutral=number))
+            found[f"{number} of weight {weight:g}"] = method
+    return found
+
+
+def neutral_prompts(world: World, seeds: Sequence[int]) -> Iterator[Record]:
+    """Number and weight of neutral prompts."""
+    yield from preservation(
+        world, silent(sampling_of(world)), world.scale.ablation_ks, seeds, table="ablation: neutral prompts"
+    )
+
+
 def ablation(world: World, seeds: Sequence[int]) -> Iterator[Record]:
     """Solve settings."""
     yield from preservation(
@@ -72,6 +89,7 @@ WORDINGS = ("{}; photo", "{}; nice picture of", "{}; drawing of")
 
 WORDED: dict[str, Callable[[Sampling], Method]] = {
     "": lambda sampling: engine(SSRMerge(), sampling),
+    " (four neutral prompts)": lambda sampling: engine(SSRMerge(), replace(sampling, neutral=4)),
     " (least ridge 0.01)": lambda sampling: engine(SSRMerge(refine_ridge=0.01), sampling),
     " (without refinement)": lambda sampling: engine(SSRMerge(refine=False), sampling),
     " (RegMean)": lambda sampling: layerwise(regmean, sampling),
