@@ -119,7 +119,7 @@ def compress(
         calibration: Their statistics.
         balanced: Weight tasks equally instead of by their number of tokens.
         joint_weight: How much joint prompts count; that of the merge.
-        neutral_weight: The same for neutral prompts.
+        neutral_weight: How much all neutral prompts count together; that of the merge.
         bytes_per_rank: Size of one rank of a layer as the file will have it.
         device: Where to compute; None is the CPU.
         tick: Called with (layers done, layers in all); may raise to cancel.

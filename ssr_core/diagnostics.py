@@ -27,8 +27,8 @@ class RoutingError:
     """Squared Frobenius errors of one router on one layer, by task.
 
     Attributes:
-        error: (K,) sum over tokens of the squared distance to the LoRA alone.
-        energy: (K,) sum over tokens of the squared output of the LoRA alone.
+        error: (K,) squared distance to the LoRA alone, weighted as the Grams are (per token: the mean).
+        energy: (K,) squared output of the LoRA alone, likewise.
     """
 
     error: Tensor

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from statistics import median
 
 from .calibration import Calibration
-from .methods import MergeMethod, SSRMerge, routes
-from .methods.ssr import JOINT
+from .methods import MergeMethod, SSRMerge
+from .methods.ssr import JOINT, NEUTRAL
 from .report import MergeReport
 from .scenes import scenes_of
 from .stacks import Task
@@ -30,14 +30,15 @@ def together(
     report: MergeReport, tasks: Sequence[Task], calibration: Calibration | None, method: MergeMethod
 ) -> list[str]:
     """What to do for pictures of several LoRAs or none: calibrate on them, or let that count for more."""
-    if not routes(method) or calibration is None or len(report.tasks) < 2:
+    if not isinstance(method, SSRMerge) or calibration is None or len(report.tasks) < 2:
         return []
     if math.isnan(report.reconstruction_error()):
         return []
     scenes = scenes_of(calibration.scenes, calibration.match_active(tasks))[1]
     several = _more_weight(report, method) if any(scene.tasks for scene in scenes) else _ask_for_joint()
-    none = [] if any(not scene.tasks for scene in scenes) else _ask_for_neutral(sum(task.active for task in tasks))
-    return [*several, *none]
+    count = sum(task.active for task in tasks)
+    known = any(not scene.tasks for scene in scenes) or method.neutral_weight == 0
+    return [*several, *([] if known else _ask_for_neutral(count))]
 
 
 def _ask_for_joint() -> list[str]:
@@ -59,15 +60,26 @@ def _ask_for_neutral(count: int) -> list[str]:
 
 
 def less_weight(report: MergeReport, method: MergeMethod) -> list[str]:
-    """Where joint prompts count for more than the LoRAs' own, what that costs these is not the prompts' fault."""
-    seen = any(JOINT in layer.measures for layer in report.layers)
-    if not isinstance(method, SSRMerge) or not seen or method.joint_weight <= SSRMerge.joint_weight:
+    """Where scenes count for more than they need to, what that costs the LoRAs is not their prompts' fault."""
+    if not isinstance(method, SSRMerge):
         return []
+    measured = {name for layer in report.layers for name in layer.measures}
+    heavy = NEUTRAL in measured and method.neutral_weight > SSRMerge.neutral_weight
+    if JOINT not in measured or method.joint_weight <= SSRMerge.joint_weight:
+        return [_less_neutral(report, method)] if heavy else []
     return [
         f"Joint prompts count {method.joint_weight:g} times here, at the cost of each LoRA's own (error "
         f"{report.reconstruction_error():.2f}, best gains {report.reconstruction_error('gains'):.2f}). If pictures of "
         f"one LoRA suffer, set joint_weight to {SSRMerge.joint_weight:g}."
     ]
+
+
+def _less_neutral(report: MergeReport, method: SSRMerge) -> str:
+    return (
+        f"Neutral prompts together count {method.neutral_weight:g} times as much as all LoRAs here, at the cost of "
+        f"these (error {report.reconstruction_error():.2f}). If their pictures suffer, set neutral_weight to "
+        f"{SSRMerge.neutral_weight:g}."
+    )
 
 
 def _more_weight(report: MergeReport, method: MergeMethod) -> list[str]:

@@ -95,7 +95,7 @@ def watched(
         device: Where to compute.
         balanced: Weight tasks equally instead of by their number of tokens.
         joint_weight: How much joint prompts count, as in `SSRMerge`.
-        neutral_weight: The same for neutral prompts.
+        neutral_weight: How much all neutral prompts count together, likewise.
     """
     if not stats.complete or stats.gram.shape[1] == 0:
         return None

@@ -27,6 +27,7 @@ from .triangles import symmetric_product
 LEAST_RIDGE = 0.1
 """Least mu to choose from, as a fraction of the mean squared norm of the weighted tokens.
 
+A scene that counts less than one LoRA counts as so many tokens fewer: it does not lower the mean.
 Tokens of one prompt are alike, so that leaving one of them out flatters small ridges: they come a little nearer
 to each LoRA under the very prompt that was calibrated and go far astray under others.
 """
@@ -86,7 +87,8 @@ def refine(
         The correction; None if the tokens are all zero or the LoRAs put out nothing.
     """
     samples = bounded([*samples, *(sample for sample, *_ in scenes)])  # those of combined runs add up
-    x, sizes = weighted_tokens(samples, basis, [*(1.0 for _ in ranks), *(weight for *_, weight in scenes)])
+    masses = [*(1.0 for _ in ranks), *(weight for *_, weight in scenes)]
+    x, sizes = weighted_tokens(samples, basis, masses)
     signals = x @ basis.T
     wanted = torch.zeros_like(signals)
     tokens = block_slices(sizes)
@@ -96,7 +98,7 @@ def refine(
         wanted[places] = signals[places] * selector
     rest = wanted - signals @ router.T
     energy = _energy(wanted, up_gram)
-    mean = x.square().sum() / len(x)
+    mean = x.square().sum() / sum(size * min(1.0, mass) for size, mass in zip(sizes, masses, strict=True))
     if not bool((mean > 0) & (energy > 0)):
         return None
     fit = _by_tokens if len(x) <= x.shape[1] else _by_inputs

@@ -72,7 +72,7 @@ def with_scenes(q: Tensor, g: Tensor, scenes: Tensor, selectors: Tensor) -> tupl
     Args:
         q: (R, R).
         g: (R, R).
-        scenes: (J, R, R), scaled as the tasks' Grams are.
+        scenes: (J, R, R), weighted as the tasks' Grams are.
         selectors: (J, R), 1 in the rows of the LoRAs that act in the scene.
     """
     return q + (selectors[:, :, None] * scenes).sum(dim=0), g + scenes.sum(dim=0)

@@ -1,4 +1,4 @@
-"""The published formula, bit for bit: no canonical coordinates, absolute ridge toward zero."""
+"""The published formula to the letter: no canonical coordinates, absolute ridge toward zero."""
 
 from __future__ import annotations
 

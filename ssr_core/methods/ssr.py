@@ -36,7 +36,7 @@ class SSRMerge:
         ridge: Fraction of the mean diagonal of G that is added to its diagonal; 0 is plain least squares
             and needs more independent tokens than rank in every layer.
         anchor: Router that directions without data keep.
-        balance: Weight tasks equally instead of by their number of tokens.
+        balance: Weight tasks equally instead of by their number of tokens; a correction always weighs them equally.
         refine: Correct the downs by what the sampled inputs show outside of the LoRAs' own coordinates
             (`refinement`); does nothing where calibration kept no samples.
         joint_weight: How much a joint prompt counts: this times the number of its LoRAs (not balanced: of its
@@ -45,8 +45,9 @@ class SSRMerge:
         refine_ridge: Least ridge of the correction, as a fraction of the inputs' mean squared norm. Less comes
             nearer to each LoRA under its calibration prompt and strays further under other prompts.
         neutral_weight: How much all neutral prompts count together, as a share of all LoRAs together (not balanced:
-            if all passes have as many tokens). Several prompts of little weight keep other pictures as they are at
-            less cost to the LoRAs than one of much weight.
+            if each has as many tokens as a LoRA). Joint prompts of which a layer has no LoRA are among them there.
+            Several prompts of little weight keep other pictures as they are at less cost to the LoRAs than one of
+            much weight.
 
     Raises:
         IncompatibleError: A weight is negative or not finite, or `refine_ridge` below 1e-6 or not finite.

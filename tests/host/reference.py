@@ -52,7 +52,8 @@ def routed(
     total = sum(x.shape[0] for x in inputs)
     passes = [(x, [k]) for k, x in enumerate(inputs)] + list(scenes)
     silent = neutral * len(deltas) / max(1, sum(not who for _, who in scenes))
-    weights = [(len(who) or silent) / x.shape[0] if balance else 1 / total for x, who in passes]
+    masses = [len(who) or silent if balance else 1 if who else silent for _, who in passes]
+    weights = [mass / (x.shape[0] if balance else total) for mass, (x, _) in zip(masses, passes, strict=True)]
     signals = [x @ basis * weight**0.5 for (x, _), weight in zip(passes, weights, strict=True)]
     acting = [torch.isin(own, torch.tensor(list(who), dtype=own.dtype)) for _, who in passes]
     mu = ridge * sum(float(z.square().sum()) for z in signals) / size

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from scene_world import SCENES, SEEN, TASKS, calibrated, merged
 
-from ssr_core import AverageMerge, SSRMerge
+from ssr_core import AverageMerge, GainsMerge, PaperMerge, SSRMerge
 from ssr_core.joint_advice import MOST_WEIGHT, together
 from ssr_core.methods.ssr import JOINT
 
@@ -19,9 +19,20 @@ def advice_at(error, method):
 
 
 def test_without_a_joint_prompt_one_is_asked_for():
-    for method, wanted in ((SSRMerge(refine=False), 1), (AverageMerge(), 0)):
+    for method, wanted in ((SSRMerge(refine=False), 1), (AverageMerge(), 0), (PaperMerge(), 0), (GainsMerge(), 0)):
         advice = merged(calibrated(scenes=(), seen=[]), method)[1].advice
-        assert len([line for line in advice if "joint_prompts" in line]) == wanted
+        for name in ("joint_prompts", "neutral_prompts"):
+            assert len([line for line in advice if name in line]) == wanted
+    advice = merged(calibrated(scenes=(), seen=[]), SSRMerge(refine=False, neutral_weight=0))[1].advice
+    assert not any("neutral_prompts" in line for line in advice)
+
+
+def test_where_neutral_prompts_cost_the_loras_much_a_lower_weight_is_named():
+    heavy, plain = (merged(calibrated(), SSRMerge(refine=False, neutral_weight=weight))[1] for weight in (50, 0.05))
+    (line,) = [one for one in heavy.advice if "neutral_weight" in one]
+    assert line.endswith("set neutral_weight to 0.05.") and "50 times as much as all LoRAs" in line
+    assert not any("Name in each" in one or "OSRM" in one for one in heavy.advice)
+    assert not any("neutral_weight" in one for one in plain.advice)
 
 
 @pytest.mark.parametrize(

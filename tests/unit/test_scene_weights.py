@@ -56,6 +56,26 @@ def test_neutral_prompts_of_weight_0_are_as_none():
     assert rel(found, without) < 1e-10
 
 
+@pytest.mark.parametrize("name", ["joint_weight", "neutral_weight"])
+def test_hardly_any_weight_is_hardly_more_than_none(name):
+    """Nor does it lower the ridge of the correction."""
+    scenes, seen = (*SCENES, *(Scene(f"nobody {n}") for n in range(3))), [*SEEN, *(task_tokens(60, 17, IN),) * 3]
+    calibration = calibrated(scenes=scenes, seen=seen, sample=SampleOptions(1000, most=10_000))
+    none, hardly = (merged(calibration, SSRMerge(**{name: weight}))[0] for weight in (0, 1e-9))
+    assert rel(hardly, none) < 1e-6
+
+
+def test_neutral_weight_counts_tokens_where_loras_are_not_balanced():
+    """Two prompts of half the weight each, times as many LoRAs as there are, token by token."""
+    scenes, seen = (*SCENES, Scene("again nobody")), [*SEEN, task_tokens(60, 17, IN)]
+    method = SSRMerge(refine=False, balance=False, neutral_weight=0.4)
+    found, _ = merged(calibrated(seen=seen, scenes=scenes), method)
+    scaled = [*SEEN[:2], *((0.4 * 3 / 2) ** 0.5 * x for x in seen[2:])]
+    alike = SSRMerge(refine=False, balance=False, neutral_weight=2 / 3)  # 1 for each of the two
+    assert rel(found, merged(calibrated(seen=scaled, scenes=scenes), alike)[0]) < 1e-10
+    assert rel(found, merged(calibrated(seen=seen, scenes=scenes), alike)[0]) > 1e-4
+
+
 def test_more_weight_keeps_neutral_prompts_as_they_are_at_the_cost_of_the_others():
     calibration = calibrated(scenes=SCENES[2:], seen=SEEN[2:])
     reports = [merged(calibration, SSRMerge(refine=False, neutral_weight=weight))[1] for weight in (0.01, 0.3, 10.0)]

@@ -115,7 +115,8 @@ def test_refinement_is_the_regression_of_what_is_left_on_all_inputs():
         inputs.append(scale * x)
         lacks.append(scale * x @ (wanted - plain).T)
     x, lacks = torch.cat(inputs), torch.cat(lacks)
-    mean, answers = x.square().sum() / len(x), {float(lacks.square().sum()): torch.zeros(OUT, IN, dtype=F64)}
+    count = sum(len(x) * min(1, mass) for (x, _), mass in zip(passes, masses(SCENES, len(TOKENS)), strict=True))
+    mean, answers = x.square().sum() / count, {float(lacks.square().sum()): torch.zeros(OUT, IN, dtype=F64)}
     for share in (1.0, 0.1, 0.01):
         inverse = torch.linalg.inv(x.T @ x + share * mean * torch.eye(IN, dtype=F64))
         fit, leverage = lacks.T @ x @ inverse, ((x @ inverse) * x).sum(dim=1)
