@@ -125,7 +125,6 @@ def careful(sampling: Sampling) -> dict[str, Method]:
         "RegMean, eight neutral prompts": with_neutral(regmean, eight, SSRMerge.neutral_weight),
         "SSR (ours, four neutral prompts)": engine(SSRMerge(), four),
         "SSR (ours, eight neutral prompts)": engine(SSRMerge(), eight),
-        "SSR (ours, four neutral prompts of weight 0.2)": engine(SSRMerge(neutral_weight=0.2), four),
     }
 
 
