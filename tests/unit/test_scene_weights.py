@@ -101,15 +101,21 @@ def test_weights_that_mean_nothing_are_refused(name, weight):
         SSRMerge(**{name: weight})
 
 
+@pytest.mark.parametrize("refine", [False, True])
+@pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize(("joint", "neutral"), [(1.0, 0.05), (4.0, 0.7)])
-def test_compression_counts_scenes_among_the_calibrated_outputs(joint, neutral):
+def test_compression_counts_scenes_among_the_calibrated_outputs(joint, neutral, balanced, refine):
     """The error that a truncation states is the one on all passes' tokens."""
-    calibration, how = calibrated(), {"joint_weight": joint, "neutral_weight": neutral}
-    result = merge(TASKS, SSRMerge(refine=False), calibration, dtype=F64)
+    calibration = calibrated(sample=SampleOptions(1000, most=10_000) if refine else None)
+    how = {"joint_weight": joint, "neutral_weight": neutral, "balanced": balanced}
+    result = merge(TASKS, SSRMerge(refine=refine), calibration, dtype=F64)
     small, report = compress(result, CompressOptions("rank", 2, 0.0), TASKS, calibration, **how)
     whole, less = result.layers[LAYER].delta(F64), small.layers[LAYER].delta(F64)
     error = energy = 0.0
-    for x, weight in zip([*TOKENS, *SEEN], masses(SCENES, len(TOKENS), joint, neutral), strict=True):
-        error += weight * float((x @ (whole - less).T).square().sum()) / len(x)
-        energy += weight * float((x @ whole.T).square().sum()) / len(x)
-    assert report.layers[0].error == pytest.approx((error / energy) ** 0.5, rel=1e-6)
+    emphasis = [1] * len(TASKS) + [joint if scene.tasks else neutral * len(TASKS) for scene in SCENES]
+    weights = masses(SCENES, len(TOKENS), joint, neutral) if balanced else emphasis
+    for x, weight in zip([*TOKENS, *SEEN], weights, strict=True):
+        count = len(x) if balanced else 1
+        error += weight * float((x @ (whole - less).T).square().sum()) / count
+        energy += weight * float((x @ whole.T).square().sum()) / count
+    assert report.layers[0].error == pytest.approx((error / energy) ** 0.5, rel=1e-5)
