@@ -140,8 +140,8 @@ def scene_inputs() -> list[io.Input]:
             optional=True,
             advanced=True,
             tooltip="Prompts that show none of the LoRAs, one a line: there the model should stay as it is. Four "
-            "that differ (a street, a forest, people, food) took a quarter to a third off what merges do to other pictures "
-            "in our tests, at little cost to the LoRAs. Each takes one more pass.",
+            "that differ (a street, a forest, people, food) took about a third off what merges do to other pictures in "
+            "our tests, at little cost to the LoRAs. Each takes one more pass.",
         ),
     ]
 

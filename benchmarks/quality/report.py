@@ -96,9 +96,13 @@ TABLES = {
     "two subjects and a style": ("both", "content", "style"),
     "OSRM start": ("function distance", "success"),
     "many subjects": ("function distance", "success", "similarity"),
+    "many subjects: generic prompts": ("leak", "success"),
     "ablation: solve": ("function distance", "success"),
     "ablation: calibration data": ("function distance", "success"),
+    "ablation: neutral prompts": ("function distance", "success"),
+    "ablation: neutral prompts: generic prompts": ("leak", "success"),
     "calibration prompts": ("function distance", "success"),
+    "calibration prompts: generic prompts": ("leak",),
 }
 
 
