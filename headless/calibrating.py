@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from ..nodes import host, loading, options, passes, pipeline, record_weights, recording
+from ..nodes import host, loading, options, pipeline, record_weights, recording
+from ..nodes.calibrating import calibrate
 from ..nodes.entries import LoRAEntries
 from ..ssr_core import (
     PASS_DEFAULTS,
@@ -96,7 +97,7 @@ def _run(
     """One run of all LoRAs' prompts."""
     loaded = loading.load(entries, model, clip, progress, known)
     check_unsupported(loaded.tasks, cast(Any, recipe.unsupported))
-    calibration = passes.calibrate(loaded, model, clip, pass_options(settings), progress, ranks)
+    calibration = calibrate(loaded, model, clip, pass_options(settings), progress, ranks)
     return Calibrated(calibration, tuple(pipeline.socket_of(calibration, loaded).known(model)), loaded)
 
 

@@ -146,6 +146,20 @@ def scene_inputs() -> list[io.Input]:
     ]
 
 
+def rounds_input() -> io.Int.Input:
+    """How often the passes run; came later than everything else."""
+    return io.Int.Input(
+        "rounds",
+        default=PASS_DEFAULTS["rounds"],
+        min=1,
+        max=4,
+        optional=True,
+        advanced=True,
+        tooltip="1: each LoRA alone. 2: then all passes again with the merge in the model, which learns what its own small "
+        "errors change; better pictures, twice the passes. More gains little.",
+    )
+
+
 def weight_inputs() -> list[io.Input]:
     """What scenes count. They came later than the rest of the solve's settings, so they stand last in their nodes."""
     joint = io.Float.Input(

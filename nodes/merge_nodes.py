@@ -7,7 +7,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..ssr_core import check_unsupported
-from . import host, passes, pipeline
+from . import host, pipeline
+from .calibrating import calibrate
 from .entries import LoRAEntries, flatten, parse_strengths
 from .inputs import (
     CATEGORY,
@@ -17,6 +18,7 @@ from .inputs import (
     lora_sockets,
     merge_outputs,
     optional_calibration_inputs,
+    rounds_input,
     sample_input,
     scene_inputs,
     solve_inputs,
@@ -60,6 +62,7 @@ class SSRMergeNode(io.ComfyNode):
                 sample_input(),
                 *scene_inputs(),
                 *weight_inputs(),
+                rounds_input(),
             ],
             outputs=[
                 *merge_outputs(),
@@ -75,7 +78,7 @@ class SSRMergeNode(io.ComfyNode):
         loaded = load(flatten(loras), model, clip, progress)
         options = solve_options(values, solve_method(values))
         check_unsupported(loaded.tasks, options.unsupported)
-        calibration = passes.calibrate(loaded, model, clip, calibration_options(values), progress)
+        calibration = calibrate(loaded, model, clip, calibration_options(values), progress)
         merged = pipeline.solve(loaded, model, clip, calibration, options, progress)
         text = merged.report.to_markdown()
         socket = pipeline.socket_of(calibration, loaded)
@@ -96,7 +99,7 @@ class SSRCalibrate(io.ComfyNode):
             description="Runs the calibration passes of SSR Merge once. SSR Solve then merges from them in a second, at "
             "any strength and ridge, with any subset of the LoRAs.",
             search_aliases=[*_ALIASES, "calibration"],
-            inputs=[*_calibration_sockets(), sample_input(), *scene_inputs()],
+            inputs=[*_calibration_sockets(), sample_input(), *scene_inputs(), rounds_input()],
             outputs=[
                 SSR_CALIBRATION.Output(display_name="CALIBRATION", tooltip="For SSR Solve and SSR Save Calibration."),
                 io.String.Output(display_name="report", tooltip="What each pass saw."),
@@ -108,7 +111,7 @@ class SSRCalibrate(io.ComfyNode):
         """Run the passes."""
         progress = host.Progress(model)
         loaded = load(flatten(loras), model, clip, progress)
-        calibration = passes.calibrate(loaded, model, clip, calibration_options(values), progress)
+        calibration = calibrate(loaded, model, clip, calibration_options(values), progress)
         socket = pipeline.socket_of(calibration, loaded)
         text = pipeline.calibration_report(socket)
         return io.NodeOutput(socket, text, ui=calibration_ui(socket, text))

@@ -52,6 +52,7 @@ class CalibrationOptions:
     sample: SampleOptions | None = None
     joint_prompts: tuple[str, ...] = ()
     neutral_prompts: tuple[str, ...] = ()
+    rounds: int = 1
 
     def latent_for(self, model: Any) -> Tensor:
         """The connected LATENT, or an empty one of the chosen size."""
@@ -93,6 +94,7 @@ class CalibrationOptions:
             "sampled_tokens": 0 if self.sample is None else self.sample.tokens,
             "joint_prompts": list(self.joint_prompts),
             "neutral_prompts": list(self.neutral_prompts),
+            "rounds": self.rounds,
         }
 
 
@@ -135,6 +137,7 @@ def calibration_options(values: Mapping[str, Any]) -> CalibrationOptions:
         sample=_sample_options(values),
         joint_prompts=_lines(values.get("joint_prompts", "")),
         neutral_prompts=_lines(values.get("neutral_prompts", "")),
+        rounds=values.get("rounds", 1),
     )
 
 

@@ -10,95 +10,24 @@ import torch
 from torch import Tensor
 
 from ..ssr_core import (
-    HELD_OUT,
-    Calibration,
     Calibrator,
-    LayerStack,
-    MemoryBudgetError,
-    Ranks,
     Scene,
     TextRows,
-    assemble,
-    build_stacks,
-    check_memory,
-    memory_need,
-    parse_scenes,
 )
 from ..ssr_core.errors import ClipMissingError
 from . import host
 from .entries import LoRAEntry
 from .loading import Loaded, acting_on
-from .model_info import joint_text, model_identity, root_of
+from .model_info import joint_text, root_of
 from .options import CalibrationOptions
 
 CALIBRATION_SHARE = 0.9
 """Of the progress bar of a whole merge."""
 
 
-def calibrate(
-    loaded: Loaded,
-    model: Any,
-    clip: Any | None,
-    options: CalibrationOptions,
-    progress: host.Progress,
-    ranks: Ranks | None = None,
-) -> Calibration:
-    """One short sampling pass for each LoRA and prompt, that LoRA alone, and for each scene; the same noise for all.
-
-    Args:
-        loaded: The LoRAs.
-        model: The MODEL.
-        clip: Its CLIP.
-        options: Noise, size, sigmas and so on.
-        progress: Moves by steps.
-        ranks: Processes that share the passes; each of them gets the whole calibration.
-
-    Raises:
-        CalibrationError: A pass failed, a LoRA has neither prompt nor CONDITIONING, or scenes have no CLIP.
-        IncompatibleError: A joint prompt names a LoRA that is not there.
-        MemoryBudgetError: The statistics would not fit.
-    """
-    stacks, ranks, names = build_stacks(loaded.tasks), ranks or Ranks(), [task.name for task in loaded.tasks]
-    shared = any(len(stack.blocks) > 1 for stack in stacks)
-    # with one LoRA switched on nothing is calibrated, and a prompt for several is no mistake
-    scenes = parse_scenes(options.joint_prompts, options.neutral_prompts, names) if shared else ()
-    # memory may be short for one process alone: all of them have to keep the same
-    held_out = ranks.least(_held_out_within_budget(stacks, model, options, len(scenes)) if shared else HELD_OUT)
-    parts = [
-        Calibrator([s for s in stacks if s.target.part == part], options.padding, options.sample, held_out, scenes)
-        for part in ("model", "clip")
-    ]
-    settings = {**options.settings(), "held_out": held_out}
-    if shared:
-        if scenes and clip is None:
-            first = scenes[0]
-            raise ClipMissingError(f"the {first.label} {first.prompt!r} needs a CLIP.", remedy="connect CLIP.")
-        counts = [count_passes(entry) for entry in loaded.entries] + [1] * len(scenes)
-        shares = ranks.shares(counts, whole=options.sample is not None)
-        passes = Passes(loaded, model, clip, options, progress, shares, scenes)
-        for index in range(len(loaded.tasks)):
-            passes.run(index, *parts)
-        for number in range(len(scenes)):
-            passes.run_scene(number, *parts)
-        settings = {**settings, "sigmas": passes.sigmas[:-1].tolist(), "latent": list(passes.latent.shape)}
-        settings |= options.latent_content(model)
-    return assemble(loaded.tasks, parts, model=model_identity(model), settings=settings, ranks=ranks)
-
-
 def count_passes(entry: LoRAEntry) -> int:
     """Samplings that one LoRA takes: one for each prompt, or one of its CONDITIONING."""
     return 1 if entry.conditioning is not None else len(entry.prompts)
-
-
-def _held_out_within_budget(stacks: Sequence[LayerStack], model: Any, options: CalibrationOptions, scenes: int) -> int:
-    """One token of how many is held out: none where that would not fit into memory; the report says so."""
-    dtype, budgets = host.activation_dtype(model), host.memory_budgets(model.load_device, options.memory_budget_gb)
-    try:
-        check_memory(memory_need(stacks, dtype, options.sample, scenes=scenes), *budgets)
-    except MemoryBudgetError:
-        check_memory(memory_need(stacks, dtype, options.sample, 0, scenes), *budgets)
-        return 0
-    return HELD_OUT
 
 
 _Prepared = list[tuple[list[Any], TextRows | None]]
@@ -123,6 +52,8 @@ class Passes:
         progress: Moves by steps.
         shares: For each LoRA, then each scene, which of its prompts are run here; None for all of them.
         scenes: Prompts of several LoRAs or none.
+        merged: A merge of the LoRAs is in MODEL and CLIP: none of them acts by itself.
+        until: Share of the progress bar that the passes fill.
     """
 
     def __init__(
@@ -134,7 +65,11 @@ class Passes:
         progress: host.Progress,
         shares: Sequence[Sequence[int]] | None = None,
         scenes: Sequence[Scene] = (),
+        *,
+        merged: bool = False,
+        until: float = CALIBRATION_SHARE,
     ) -> None:
+        self.merged = merged
         self.loaded, self.model, self.clip, self.options, self.progress = loaded, model, clip, options, progress
         self.latent, self.sigmas = options.latent_for(model), options.sigmas_for(model)
         self.noise = host.shared_noise(self.latent, options.seed)
@@ -144,7 +79,7 @@ class Passes:
         labels = [f"{scene.label} {number}" for number, scene in enumerate(scenes, 1)]
         self.names = (*(task.name for task in loaded.tasks), *labels)
         passes = sum(map(len, self.shares))
-        progress.stage(progress.reached, CALIBRATION_SHARE, passes * (len(self.sigmas) - 1))
+        progress.stage(progress.reached, until, passes * (len(self.sigmas) - 1))
 
     def run(self, index: int, model_calibrator: Collector, clip_calibrator: Collector) -> None:
         """All prompts of one LoRA; its statistics count only if every pass succeeds."""
@@ -174,11 +109,15 @@ class Passes:
             prepared = self._encode(scene.tasks, [scene.prompt], tap)
             self._sample(place, scene.tasks, prepared, stack.enter_context(model_calibrator.scene(number)))
 
+    def _apart(self, acting: Sequence[int]) -> Sequence[int]:
+        """LoRAs whose other parts have to be put onto the model: none where a merge has them."""
+        return () if self.merged else acting
+
     def _sample(self, place: int, acting: Sequence[int], prepared: _Prepared, tap: Any) -> None:
         """Sample with each CONDITIONING; `place` is that of the LoRA or scene among all names."""
         if not tap.paths:  # LoRAs of the text encoder only
             return
-        model = acting_on(self.loaded, acting, "model", self.model, self.core_keys[0])
+        model = acting_on(self.loaded, self._apart(acting), "model", self.model, self.core_keys[0])
         tap.prepare(model.load_device, host.activation_dtype(model))
         steps = len(self.sigmas) - 1
         for number, (conditioning, rows) in enumerate(prepared):
@@ -198,7 +137,7 @@ class Passes:
 
     def _encode(self, acting: Sequence[int], prompts: Sequence[str], tap: Any) -> _Prepared:
         """Conditionings of prompts, with the text-encoder adapters of some LoRAs active while they are made."""
-        clip = acting_on(self.loaded, acting, "clip", self.clip, self.core_keys[1])
+        clip = acting_on(self.loaded, self._apart(acting), "clip", self.clip, self.core_keys[1])
         encoded: _Prepared = []
         for prompt in prompts:
             host.check_cancel()

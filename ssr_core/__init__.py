@@ -65,6 +65,7 @@ from .recipe_runs import RecordUse, Run
 from .recipe_schema import PASS_DEFAULTS, SCHEMA
 from .records import TaskRecord, records_of
 from .report import FileAccount, LayerReport, MergeReport
+from .rounds import ROUNDS, with_rounds
 from .router import ANCHORS, Anchor
 from .sampling import InputSample, SampleOptions
 from .scene_lines import parse_scenes
@@ -154,6 +155,7 @@ __all__ = [
     "Part",
     "REFIT_MODES",
     "RESTS",
+    "ROUNDS",
     "Ranks",
     "Recipe",
     "RecordFile",
@@ -246,6 +248,7 @@ __all__ = [
     "unknown_share",
     "whole_module",
     "with_recipe",
+    "with_rounds",
     "without",
     "write_safetensors",
 ]

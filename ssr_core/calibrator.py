@@ -32,6 +32,7 @@ class Calibrator:
         sample: Keep some whole inputs of the routed layers too, for `refinement`.
         held_out: One token of so many is held out, to judge by; 0 for none, which takes a third less memory.
         scenes: Prompts of several LoRAs or none.
+        merged: The model has a merge of these LoRAs in it, for a further round (`rounds`): none of them acts alone.
     """
 
     def __init__(
@@ -41,19 +42,21 @@ class Calibrator:
         sample: SampleOptions | None = None,
         held_out: int = HELD_OUT,
         scenes: Sequence[Scene] = (),
+        merged: bool = False,
     ) -> None:
         self.stacks = [stack for stack in stacks if stack.tapped]
         self.padding: PaddingMode = padding
         self.sample = sample
         self.held_out = held_out
         self.scenes = tuple(scenes)
+        self.merged = merged
         self._done: dict[tuple[Target, int], GramAccumulator] = {}
         self._samples: dict[tuple[str, int], InputSample] = {}
 
     @contextmanager
     def task(self, index: int) -> Iterator[Tap]:
         """A tap for one task's passes; its statistics count only if the block succeeds."""
-        tap = Tap(self.stacks, (index,), self.padding, self.sample, self.held_out, scenes=len(self.scenes))
+        tap = self._tap((index,), self.held_out)
         yield tap
         self._keep(tap, index)
         check_ran(tap, f"of LoRA number {index + 1}")
@@ -62,10 +65,14 @@ class Calibrator:
     def scene(self, number: int) -> Iterator[Tap]:
         """A tap for one scene's pass, likewise. All its tokens are fitted on; none is held out."""
         scene = self.scenes[number]
-        tap = Tap(self.stacks, scene.tasks, self.padding, self.sample, 0, scenes=len(self.scenes), scene=True)
+        tap = self._tap(scene.tasks, 0, scene=True)
         yield tap
         self._keep(tap, self._place(number))
         check_ran(tap, f"that the LoRAs share or that the {scene.label} {scene.prompt!r} needs")
+
+    def _tap(self, acting: Sequence[int], held_out: int, scene: bool = False) -> Tap:
+        count, merged = len(self.scenes), self.merged
+        return Tap(self.stacks, acting, self.padding, self.sample, held_out, scenes=count, scene=scene, merged=merged)
 
     def _place(self, scene: int) -> int:
         """Where a scene is kept: below all tasks."""

@@ -96,8 +96,8 @@ def combine(calibrations: Sequence[Calibration], weights: Sequence[float] | None
     stats: dict[Target, GramStats] = {}
     for target in first.stats:
         found = [scaled(one.stats[target], weight) for one, weight in parts]
-        summed = summed_scenes(known, [one.scenes for one in found], scenes)
-        stats[target] = replace(_sum(found, target), scenes=summed)
+        seen = summed_scenes(known, [one.scenes for one in found], scenes)
+        stats[target] = replace(summed(found, target), scenes=seen)
     tasks = tuple(
         replace(
             record,
@@ -156,7 +156,12 @@ def _far(mine: Tensor, theirs: Tensor) -> bool:
     return float((mine - theirs).norm()) > SAME_BASIS * float(mine.norm())
 
 
-def _sum(parts: Sequence[GramStats], target: Target) -> GramStats:
+def summed(parts: Sequence[GramStats], target: Target) -> GramStats:
+    """The sum of `scaled` statistics of one stack; of scenes those of the first.
+
+    Raises:
+        IncompatibleError: The LoRAs have other ranks in some of them.
+    """
     first = parts[0]
     if any(one.ranks != first.ranks for one in parts):
         raise IncompatibleError("the LoRAs have other ranks here.", layer=str(target), remedy=_AGAIN)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
+import torch
 from torch import nn
 
+from .adapters import LoRALayer
 from .calibration import Calibration
 from .calibrator import Calibrator, assemble
 from .errors import CalibrationError
+from .forward import ForwardLoRA
 from .heldout import HELD_OUT
 from .padding import PaddingMode
 from .ranks import Ranks
@@ -17,6 +20,7 @@ from .sampling import SampleOptions
 from .scenes import Scene
 from .stacks import LayerStack, Task
 from .taps import Tap
+from .targets import Target
 
 
 def calibrate(
@@ -30,6 +34,7 @@ def calibrate(
     held_out: int = HELD_OUT,
     scenes: Sequence[Scene] = (),
     run_scene: Callable[[int, Tap], None] | None = None,
+    merged: Mapping[Target, LoRALayer] | None = None,
 ) -> Calibration:
     """Calibrate a plain PyTorch model (no ComfyUI).
 
@@ -46,6 +51,7 @@ def calibrate(
             was not fitted on; 0 for none, which takes a third less memory.
         scenes: Prompts of several LoRAs or none.
         run_scene: Runs the model on scene j's prompt, as `run_pass` does on a task's.
+        merged: Layers of a merge that acts in all passes instead of the LoRAs, for a further round (`with_rounds`).
 
     Returns:
         The calibration.
@@ -53,11 +59,13 @@ def calibrate(
     Raises:
         CalibrationError: A pass reached no layer of its LoRA, or a layer does not fit.
     """
-    calibrator = Calibrator(stacks, padding, sample, held_out, scenes)
-    for index in range(len(tasks)):
-        with calibrator.task(index) as tap, tap.attached(root):
-            run_pass(index, tap)
-    _run_scenes(calibrator, root, range(len(scenes)), run_scene)
+    calibrator = Calibrator(stacks, padding, sample, held_out, scenes, merged is not None)
+    weight = next(root.parameters(), torch.zeros(0))
+    with ForwardLoRA(merged or {}).attached(root, weight.device, weight.dtype):
+        for index in range(len(tasks)):
+            with calibrator.task(index) as tap, tap.attached(root):
+                run_pass(index, tap)
+        _run_scenes(calibrator, root, range(len(scenes)), run_scene)
     return assemble(tasks, [calibrator], settings=None if sample is None else {"sample": asdict(sample)})
 
 

@@ -37,6 +37,7 @@ def memory_need(
     sample: SampleOptions | None = None,
     held_out: int = HELD_OUT,
     scenes: int = 0,
+    rounds: int = 1,
 ) -> MemoryNeed:
     """Predict calibration's memory from shapes alone.
 
@@ -46,6 +47,7 @@ def memory_need(
         sample: Which whole inputs are kept, if any.
         held_out: One token of so many is held out; 0 for none.
         scenes: Number of joint and neutral prompts.
+        rounds: How often all passes run; of several the sum is kept beside a further one and its copies.
     """
     itemsize = 4 if dtype == torch.float16 else dtype.itemsize
     device = host = 0
@@ -72,7 +74,7 @@ def memory_need(
             tokens = sample.shared_by(sharing[path] + scenes, width).tokens
             device += (tokens + 1) * width * dtype.itemsize
             host += (len(sampled[path]) + scenes) * tokens * width * dtype.itemsize
-    return MemoryNeed(device, host)
+    return MemoryNeed(device, host if rounds == 1 else 3 * host)
 
 
 LAYERS_AT_ONCE = 64

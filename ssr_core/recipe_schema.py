@@ -24,6 +24,7 @@ PASS_DEFAULTS: Mapping[str, Any] = {
     "sampled_tokens": SampleOptions().tokens,
     "joint_prompts": "",
     "neutral_prompts": "",
+    "rounds": 1,
 }
 """Settings of calibration passes where nobody says otherwise: in nodes and in recipes."""
 
@@ -90,6 +91,12 @@ _PASSES: dict[str, Any] = {
         "names some.",
     },
     "neutral_prompts": {**_LINES, "description": "Prompts under which no LoRA should act, likewise."},
+    "rounds": {
+        "type": "integer",
+        "minimum": 1,
+        "maximum": 4,
+        "description": "1: each LoRA alone. More: then all passes again on the merged model.",
+    },
     "held_out": {"type": "integer", "minimum": 0, "description": f"One token of so many was held out. {_NOTED}"},
     "memory_budget_gb": {"type": "number", "minimum": 0},
     "sigmas": {

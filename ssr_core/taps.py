@@ -170,6 +170,7 @@ class Tap:
         held_out: One token of so many is held out; 0 for none.
         scenes: Number of all scenes, whose samples share the room with those of the LoRAs.
         scene: Also watch the shared layers on which none of them acts.
+        merged: The model has a merge in it: nothing is added, and only what LoRAs share is watched.
     """
 
     def __init__(
@@ -182,15 +183,18 @@ class Tap:
         *,
         scenes: int = 0,
         scene: bool = False,
+        merged: bool = False,
     ) -> None:
         self._padding = padding
         self._shared = PassState(Counter(), RowWeights(None, padding))
         by_module: dict[str, list[LayerStack]] = {}
         for stack in stacks:
-            if any(task in acting for task in stack.tasks) or (scene and len(stack.blocks) > 1):
+            shared, own = len(stack.blocks) > 1, any(task in acting for task in stack.tasks)
+            if (own and not merged) or (shared and (own or scene)):
                 by_module.setdefault(stack.target.module_path, []).append(stack)
+        adding = () if merged else acting
         modules = [
-            _ModuleTap(self._shared, path, group, acting, sample, held_out, scenes) for path, group in by_module.items()
+            _ModuleTap(self._shared, path, group, adding, sample, held_out, scenes) for path, group in by_module.items()
         ]
         self._modules = [module for module in modules if module.slots]
 

@@ -50,6 +50,10 @@ def data(sampling: Sampling) -> dict[str, Method]:
     for images in (1, 2):
         found[f"{images} x 64 image tokens a step"] = engine(own, replace(sampling, images=images))
     found["other noise for each LoRA"] = engine(own, replace(sampling, noise="other"))
+    found["16 x 64 image tokens a step"] = engine(own, replace(sampling, images=16))
+    found["512 sampled tokens"] = engine(own, replace(sampling, sample=SampleOptions(512)))
+    for rounds in (2, 3):
+        found[f"{rounds} rounds"] = engine(own, replace(sampling, rounds=rounds))
     return found
 
 

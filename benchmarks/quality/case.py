@@ -10,7 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssr_core import Calibration, SampleOptions, Scene, Tap, Target, Task, build_stacks, calibrate
+from ssr_core import (
+    Calibration,
+    SampleOptions,
+    Scene,
+    SSRMerge,
+    Tap,
+    Target,
+    Task,
+    build_stacks,
+    calibrate,
+    merge,
+    with_rounds,
+)
 from ssr_core.stacks import LayerStack
 
 from .world.captions import encode, scene_caption
@@ -36,6 +48,7 @@ class Sampling:
         sample: How many whole inputs are kept; None for none.
         joint: Also calibrate on the case's joint prompts.
         neutral: Also calibrate on so many prompts that name no LoRA.
+        rounds: How often all passes run, from the second time on with the merge so far in the model.
     """
 
     steps: int = 8
@@ -46,6 +59,7 @@ class Sampling:
     sample: SampleOptions | None = field(default_factory=SampleOptions)
     joint: bool = False
     neutral: int = 0
+    rounds: int = 1
 
 
 @dataclass
@@ -121,20 +135,26 @@ class Case:
     def calibration(self, sampling: Sampling) -> Calibration:
         """The engine's statistics for these LoRAs."""
 
+        model = self.base
+
         def run(index: int, _: Tap) -> None:
-            for _ in self.passes(self.base, index, sampling):
+            for _ in self.passes(model, index, sampling):
                 pass
 
         scenes = self.scenes(sampling)
 
         def run_scene(number: int, _: Tap) -> None:
-            for _ in self.one_pass(self.base, scenes[number].prompt, sampling):
+            for _ in self.one_pass(model, scenes[number].prompt, sampling):
                 pass
 
         def make() -> Calibration:
             more: dict[str, Any] = {"sample": sampling.sample, "scenes": scenes, "run_scene": run_scene}
             with torch.no_grad():
-                return calibrate(self.base, self.tasks, self.stacks, run, **more)
+                found = [calibrate(model, self.tasks, self.stacks, run, **more)]
+                while len(found) < sampling.rounds:
+                    so_far = merge(self.tasks, SSRMerge(), with_rounds(found), dtype=torch.float32, judge=False)
+                    found.append(calibrate(model, self.tasks, self.stacks, run, merged=so_far.layers, **more))
+            return with_rounds(found)
 
         return self.once(sampling, make)  # type: ignore[return-value]
 

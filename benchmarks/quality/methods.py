@@ -115,16 +115,20 @@ def told(sampling: Sampling) -> dict[str, Method]:
         "SSR (ours, joint prompt of weight 4)": engine(SSRMerge(joint_weight=4), joint),
         "SSR (ours, joint prompt of weight 16)": engine(SSRMerge(joint_weight=16), joint),
         "SSR (ours, joint and four neutral prompts)": engine(SSRMerge(), replace(joint, neutral=4)),
+        "SSR (ours, two rounds, joint prompt)": engine(SSRMerge(), replace(joint, rounds=2)),
+        "SSR (ours, two rounds, joint prompt of weight 4)": engine(SSRMerge(joint_weight=4), replace(joint, rounds=2)),
     }
 
 
 def careful(sampling: Sampling) -> dict[str, Method]:
-    """Methods that also see prompts that name no LoRA."""
+    """Methods that also see prompts that name no LoRA, or the merged model."""
     four, eight = replace(sampling, neutral=4), replace(sampling, neutral=8)
     return {
         "RegMean, eight neutral prompts": with_neutral(regmean, eight, SSRMerge.neutral_weight),
         "SSR (ours, four neutral prompts)": engine(SSRMerge(), four),
         "SSR (ours, eight neutral prompts)": engine(SSRMerge(), eight),
+        "SSR (ours, two rounds)": engine(SSRMerge(), replace(sampling, rounds=2)),
+        "SSR (ours, two rounds, eight neutral prompts)": engine(SSRMerge(), replace(eight, rounds=2)),
     }
 
 
