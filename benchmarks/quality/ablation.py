@@ -52,8 +52,8 @@ def data(sampling: Sampling) -> dict[str, Method]:
     found["other noise for each LoRA"] = engine(own, replace(sampling, noise="other"))
     found["16 x 64 image tokens a step"] = engine(own, replace(sampling, images=16))
     found["512 sampled tokens"] = engine(own, replace(sampling, sample=SampleOptions(512)))
-    for rounds in (2, 3):
-        found[f"{rounds} rounds"] = engine(own, replace(sampling, rounds=rounds))
+    for steps, rounds in ((8, 2), (8, 3), (4, 2), (2, 2)):
+        found[f"{steps} steps, {rounds} rounds"] = engine(own, replace(sampling, steps=steps, rounds=rounds))
     return found
 
 

@@ -11,7 +11,7 @@ from ssr_core.layer_report import LayerReport
 from ssr_core.report import MergeReport
 from ssr_core.suggestions import suggestions
 
-SETTINGS = {"steps": 1, "width": 512, "height": 384}
+SETTINGS = {"steps": 1, "width": 512, "height": 384, "rounds": 2}
 
 
 def layer(result=0.3, total=1.0, *, held=0.32, own=(1.0, 1.0), tokens=(400.0, 400.0), condition=10.0, path="b.0.q"):
@@ -212,6 +212,12 @@ def test_much_that_is_lost_names_who_fights_and_where(result, total, appears):
 def test_sampled_tokens_are_named_where_they_would_count(method, tokens, appears):
     sentences = found(layer(0.64, 1.2), settings={**SETTINGS, "sampled_tokens": tokens}, method=method)
     assert any("calibrate with sampled_tokens 256" in s for s in sentences) == appears
+
+
+@pytest.mark.parametrize(("method", "rounds", "appears"), [(None, 1, True), (None, 2, False), (PaperMerge(), 1, False)])
+def test_a_second_round_is_named_where_there_was_one(method, rounds, appears):
+    sentences = found(layer(0.64, 1.2), settings={**SETTINGS, "rounds": rounds}, method=method)
+    assert any("calibrate in 2 rounds" in s for s in sentences) == appears
 
 
 def test_a_third_lora_can_be_left_out():
