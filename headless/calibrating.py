@@ -14,6 +14,7 @@ from ..nodes.calibrating import calibrate
 from ..nodes.entries import LoRAEntries
 from ..ssr_core import (
     PASS_DEFAULTS,
+    ROUNDS,
     Adapter,
     Calibration,
     Ranks,
@@ -105,7 +106,7 @@ def _from_records(
     recipe: Recipe, use: RecordUse, entries: LoRAEntries, model: Any, clip: Any | None, progress: host.Progress
 ) -> Calibrated:
     """Records of just the size of then: found in the library, or made and kept there."""
-    sampling = pass_options(recipe.settings or {})
+    sampling = pass_options({**(recipe.settings or {}), ROUNDS: 1})  # records are of LoRAs alone
     loaded = loading.load(entries, model, clip, progress)
     check_unsupported(loaded.tasks, cast(Any, recipe.unsupported))
     how = recording.RecordingOptions(use.options, exactly=True)

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from ..ssr_core import (
     HELD_OUT,
+    ROUNDS,
     Calibration,
     Calibrator,
     LayerStack,
@@ -29,6 +32,9 @@ from .loading import Loaded
 from .model_info import model_identity
 from .options import CalibrationOptions, SolveOptions
 from .passes import CALIBRATION_SHARE, Passes, count_passes
+
+SOLVE_SHARE = 0.2
+"""Of a round in the progress bar, for the merge that the next round runs on."""
 
 
 def calibrate(
@@ -63,14 +69,13 @@ def calibrate(
     # memory may be short for one process alone: all of them have to keep the same
     held_out = ranks.least(_held_out_within_budget(stacks, model, options, len(scenes)) if shared else HELD_OUT)
     count = options.rounds if shared else 1
-    rounds = [_Round(stacks, scenes, held_out, count).run(loaded, model, clip, options, progress, ranks)]
-    while len(rounds) < count:
+    total = _Round(stacks, scenes, held_out, count).run(loaded, model, clip, options, progress, ranks)
+    for number in range(1, count):
         host.check_cancel()
-        with_merge = _merged(loaded, model, clip, with_rounds(rounds), progress)
-        again = _Round(stacks, scenes, held_out, count, len(rounds))
-        found = again.run(loaded, *with_merge, options, progress, ranks)
-        rounds.append(replace(found, model=rounds[0].model))
-    return with_rounds(rounds)
+        with_merge = _merged(loaded, model, clip, total, progress, CALIBRATION_SHARE * number / count)
+        found = _Round(stacks, scenes, held_out, count, number).run(loaded, *with_merge, options, progress, ranks)
+        total = with_rounds([total, replace(found, model=total.model)])
+    return total
 
 
 @dataclass(frozen=True)
@@ -113,14 +118,15 @@ class _Round:
             )
             for part in ("model", "clip")
         ]
-        settings = {**options.settings(), "held_out": self.held_out}
+        settings = {**options.settings(), ROUNDS: 1, "held_out": self.held_out}
         if any(len(stack.blocks) > 1 for stack in self.stacks):
             if scenes and clip is None:
                 first = scenes[0]
                 raise ClipMissingError(f"the {first.label} {first.prompt!r} needs a CLIP.", remedy="connect CLIP.")
             counts = [count_passes(entry) for entry in loaded.entries] + [1] * len(scenes)
             shares = ranks.shares(counts, whole=options.sample is not None)
-            until = CALIBRATION_SHARE * (self.number + 1) / self.count
+            solve = 0 if self.number + 1 == self.count else SOLVE_SHARE
+            until = max(progress.reached, CALIBRATION_SHARE * (self.number + 1 - solve) / self.count)
             passes = Passes(loaded, model, clip, options, progress, shares, scenes, merged=merged, until=until)
             for index in range(len(loaded.tasks)):
                 passes.run(index, *parts)
@@ -132,19 +138,21 @@ class _Round:
 
 
 def _merged(
-    loaded: Loaded, model: Any, clip: Any | None, calibration: Calibration, progress: host.Progress
+    loaded: Loaded, model: Any, clip: Any | None, calibration: Calibration, progress: host.Progress, until: float
 ) -> tuple[Any, Any | None]:
-    """MODEL and CLIP with the merge of a calibration so far, by the default method."""
+    """MODEL and CLIP with the merge of a calibration so far, by the default method; fills the progress bar to `until`."""
+    begin = progress.reached
     progress.doing(host.Activity("solve", tuple(task.name for task in loaded.tasks)))
     options = SolveOptions(SSRMerge(), "auto", "pass_through", "anchor", "auto")
     result = merge(
         loaded.tasks,
         options.method,
         calibration,
+        dtype=torch.float32,
         device=host.compute_device(model),
         unsupported=options.unsupported,
         judge=False,
-        tick=lambda done, total: host.check_cancel(),
+        tick=lambda done, total: progress.at(begin + max(0.0, until - begin) * done / max(1, total)),
     )
     found = pipeline.put_on(loaded, model, clip, result, calibration, options)
     return found.model, found.clip

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from ..ssr_core import Calibration, IncompatibleError, combine, extend, from_records, without
+from ..ssr_core import Calibration, IncompatibleError, combine, extend, from_records, rounds_of, without
 from . import host, pipeline
 from .entries import LoRAEntries, LoRAEntry
 from .loading import load
@@ -53,6 +53,8 @@ def drop(socket: pipeline.CalibrationSocket, text: str) -> tuple[pipeline.Calibr
     made = pipeline.socket_of(left)
     lost = len(calibration.scenes) - len(left.scenes)
     notes = [f"{lost} joint prompts are gone with their LoRAs."] if lost else []
+    if rounds_of(calibration.settings) > 1:
+        notes.append("Further rounds of it ran on merges that had these LoRAs: what they saw is an approximation now.")
     return pipeline.CalibrationSocket(left, entries, made.tensors, converted), notes
 
 
@@ -91,6 +93,8 @@ def join(
     settings = {**socket.calibration.settings, **guess.settings, "joint_prompts": [], "neutral_prompts": []}
     joined = replace(extend(socket.calibration, guess), settings={**settings, "records": about})
     notes = [*record_notes(found, joined.settings), *notes]
+    if rounds_of(socket.calibration.settings) > 1:
+        notes.append("The new LoRAs were in none of its further rounds: what these saw is an approximation now.")
     lost = len(socket.calibration.scenes)
     if lost:
         notes.append(f"{lost} joint or neutral prompts are gone: what the new LoRAs read under them is not known.")

@@ -65,7 +65,8 @@ from .recipe_runs import RecordUse, Run
 from .recipe_schema import PASS_DEFAULTS, SCHEMA
 from .records import TaskRecord, records_of
 from .report import FileAccount, LayerReport, MergeReport
-from .rounds import ROUNDS, with_rounds
+from .round_sums import with_rounds
+from .rounds import ROUNDS, rounds_of
 from .router import ANCHORS, Anchor
 from .sampling import InputSample, SampleOptions
 from .scene_lines import parse_scenes
@@ -240,6 +241,7 @@ __all__ = [
     "records_of",
     "refit_markdown",
     "rounding",
+    "rounds_of",
     "save_calibration",
     "save_record",
     "tensors_hash",

@@ -11,7 +11,7 @@ from .diagnostics import separability
 from .finite import nonfinite_warnings
 from .gram import GramStats
 from .layer_report import LayerReport
-from .rounds import ROUNDS
+from .rounds import GONE, settings_without
 from .scenes import scenes_of
 from .stacks import LayerStack, Task
 
@@ -187,9 +187,12 @@ def notes_for(tasks: Sequence[Task], calibration: Calibration | None) -> list[st
             )
     dropped = [r.name for i, r in enumerate(calibration.tasks) if i not in matched]
     if dropped:
-        several = calibration.settings.get(ROUNDS, 1) != 1
-        again = " The further rounds of calibration had them in the model." if several else ""
-        notes.append(f"Calibrated but not merged: {', '.join(dropped)}.{again}")
+        notes.append(f"Calibrated but not merged: {', '.join(dropped)}.")
+    gone = settings_without(calibration.settings, dropped).get(GONE)
+    if gone:
+        notes.append(
+            f"Further rounds of calibration ran on merges with {', '.join(gone)}: what they saw is an approximation."
+        )
     kept = scenes_of(calibration.scenes, matched)[1]
     for scene in kept:
         who = " and ".join(tasks[task].name for task in scene.tasks) or "no LoRA"

@@ -19,6 +19,7 @@ from .files import json_text
 from .gram import GramStats
 from .heldout import HeldOut
 from .records import TaskRecord
+from .rounds import ROUNDS
 from .sampling import InputSample, joined
 from .scene_lines import settings_with_scenes
 from .scenes import counted, summed_scenes
@@ -88,7 +89,7 @@ def combine(calibrations: Sequence[Calibration], weights: Sequence[float] | None
     parts = [(_ordered(one, order), weight) for one, weight in used]
     first = parts[0][0]
     for number, (one, _) in enumerate(parts[1:], 2):
-        _check_alike(first, one, number)
+        check_alike(first, one, number)
     runs = sorted((run for one, weight in parts for run in _runs(one, weight)), key=json_text)
     _check_once(runs)
     known = [counted(one.scenes) for one, _ in parts]
@@ -128,7 +129,12 @@ def _ordered(calibration: Calibration, order: list[str] | None) -> Calibration:
     return keep(calibration, places)
 
 
-def _check_alike(first: Calibration, other: Calibration, number: int) -> None:
+def check_alike(first: Calibration, other: Calibration, number: int) -> None:
+    """Refuse calibrations of other models or LoRAs.
+
+    Raises:
+        IncompatibleError: Says what differs in number `number`.
+    """
     off: list[str] = []
     if first.model != other.model:
         off.append("the model")
@@ -214,7 +220,8 @@ def _runs(calibration: Calibration, weight: float) -> list[dict[str, Any]]:
 def _check_once(runs: Sequence[Mapping[str, Any]]) -> None:
     seen: dict[str, Any] = {}
     for run in runs:
-        what = json_text([run["settings"], run["prompts"]])
+        # of two that differ in their rounds alone the first round would count double
+        what = json_text([{k: v for k, v in run["settings"].items() if k != ROUNDS}, run["prompts"]])
         if what in seen and run["settings"]:
             raise IncompatibleError(
                 f"the same run is in it twice (seed {run['settings'].get('seed')}): its tokens would count double.",

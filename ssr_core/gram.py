@@ -93,7 +93,8 @@ class GramStats:
     def subset(self, blocks: Sequence[int], scenes: Sequence[int] = ()) -> GramStats:
         """Statistics of some of the blocks, as if the others had never been there.
 
-        The passes of the remaining tasks ran alone, so nothing of a dropped one is left in them.
+        In the first round the remaining tasks ran alone, so nothing of a dropped one is left in them; the merges of
+        further rounds (`round_sums`) had it.
 
         Args:
             blocks: Which stay, in their new order.

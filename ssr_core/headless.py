@@ -51,7 +51,9 @@ def calibrate(
             was not fitted on; 0 for none, which takes a third less memory.
         scenes: Prompts of several LoRAs or none.
         run_scene: Runs the model on scene j's prompt, as `run_pass` does on a task's.
-        merged: Layers of a merge that acts in all passes instead of the LoRAs, for a further round (`with_rounds`).
+        merged: Layers of a merge that acts in all passes instead of the LoRAs, for a further round (`with_rounds`);
+            only those of the stacks' parts of the model are added, and what a merge changes beside low-rank layers
+            (`MergeResult.vectors`) is the caller's business.
 
     Returns:
         The calibration.
@@ -61,7 +63,9 @@ def calibrate(
     """
     calibrator = Calibrator(stacks, padding, sample, held_out, scenes, merged is not None)
     weight = next(root.parameters(), torch.zeros(0))
-    with ForwardLoRA(merged or {}).attached(root, weight.device, weight.dtype):
+    parts = {stack.target.part for stack in stacks}
+    layers = {target: layer for target, layer in (merged or {}).items() if target.part in parts}
+    with ForwardLoRA(layers).attached(root, weight.device, weight.dtype):
         for index in range(len(tasks)):
             with calibrator.task(index) as tap, tap.attached(root):
                 run_pass(index, tap)

@@ -43,7 +43,7 @@ def together(
 
 def _ask_for_joint() -> list[str]:
     return [
-        "Calibration saw each LoRA alone. For several of them in one picture (two subjects, a subject in a style) "
+        "Calibration saw no prompt of several LoRAs. For them in one picture (two subjects, a subject in a style) "
         "write that prompt into joint_prompts of SSR Merge or SSR Calibrate and run that; without it routing tends to "
         "keep one of them."
     ]

@@ -47,10 +47,11 @@ def memory_need(
         sample: Which whole inputs are kept, if any.
         held_out: One token of so many is held out; 0 for none.
         scenes: Number of joint and neutral prompts.
-        rounds: How often all passes run; of several the sum is kept beside a further one and its copies.
+        rounds: How often all passes run. Of several the sum of the earlier, one more and the new sum are there at a
+            time; samples stay, and are copied where they are put together.
     """
     itemsize = 4 if dtype == torch.float16 else dtype.itemsize
-    device = host = 0
+    device = host = basis = samples = 0
     widths: dict[str, int] = {}
     sharing: dict[str, int] = {}
     sampled: dict[str, set[int]] = {}
@@ -59,7 +60,7 @@ def memory_need(
         rank, routed = sum(ranks), len(ranks) > 1
         acting = sum(ranks) if scenes else max(ranks)
         device += itemsize * (rank * stack.in_features + acting * stack.out_features)
-        host += 4 * rank * stack.in_features
+        basis += 4 * rank * stack.in_features
         if routed:
             device += 4 * rank * rank * (2 if held_out else 1)
             host += 4 * len(ranks) * (rank * rank + (packed_size(rank) if held_out else 0))
@@ -73,8 +74,9 @@ def memory_need(
         for path, width in widths.items():
             tokens = sample.shared_by(sharing[path] + scenes, width).tokens
             device += (tokens + 1) * width * dtype.itemsize
-            host += (len(sampled[path]) + scenes) * tokens * width * dtype.itemsize
-    return MemoryNeed(device, host if rounds == 1 else 3 * host)
+            samples += (len(sampled[path]) + scenes) * tokens * width * dtype.itemsize
+    grams, kept = (host, samples) if rounds == 1 else (3 * host, 2 * rounds * samples)
+    return MemoryNeed(device, basis + grams + kept)
 
 
 LAYERS_AT_ONCE = 64
@@ -117,7 +119,7 @@ def moments_need(layers: Sequence[InputLayer], options: MomentOptions, tasks: in
     return MemoryNeed(kept + sketches, kept * tasks)
 
 
-MERGE_REMEDY = "merge fewer LoRAs at once, use LoRAs of lower rank, or raise memory_budget_gb."
+MERGE_REMEDY = "merge fewer LoRAs at once, in one round, use LoRAs of lower rank, or raise memory_budget_gb."
 MOMENTS_REMEDY = "lower exact_limit or sketch, choose fewer layers, or raise memory_budget_gb."
 
 

@@ -14,6 +14,7 @@ from .merge import describe
 from .methods import MergeMethod
 from .moments import MomentOptions
 from .osrm_layer import RefitOptions
+from .rounds import settings_without
 from .scene_lines import settings_with_scenes
 from .scenes import scenes_of
 from .stacks import Task
@@ -82,7 +83,10 @@ def _settings(calibration: Calibration, tasks: Sequence[Task], records: Sequence
     """How the passes ran; joint prompts as they apply to the LoRAs of this merge, by their numbers in it."""
     active = [(record, task.name) for record, task in zip(records, tasks, strict=True) if record >= 0]
     scenes = scenes_of(calibration.scenes, [record for record, _ in active])[1]
-    return settings_with_scenes(calibration.settings, scenes, [name for _, name in active])
+    kept = {record for record, _ in active}
+    gone = [one.name for index, one in enumerate(calibration.tasks) if index not in kept]
+    settings = settings_without(calibration.settings, gone)
+    return settings_with_scenes(settings, scenes, [name for _, name in active])
 
 
 def _calibrated_at(calibration: Calibration | None, record: int) -> list[float] | None:

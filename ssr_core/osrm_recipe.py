@@ -105,7 +105,7 @@ _REFIT = _object(
         **_MOMENTS,
     }
 )
-_UNUSED = ("sampled_tokens", "joint_prompts", "neutral_prompts", "held_out", "rounds", "runs", "records")
+_UNUSED = ("sampled_tokens", "joint_prompts", "neutral_prompts", "held_out", "rounds", "rounds_gone", "runs", "records")
 _PASSES = _PROPERTIES["calibration"]["properties"]["settings"]
 _SETTINGS = _object(
     {

@@ -17,6 +17,7 @@ from .methods import METHODS, MergeMethod
 from .recipe_parts import Source, known, model_of, refused, source_of
 from .recipe_runs import RecordUse, Run, read_record_use, read_runs
 from .recipe_schema import SCHEMA
+from .rounds import GONE
 from .schema import problems
 
 CONDITIONING = "conditioning:"
@@ -128,6 +129,9 @@ def parse_recipe(value: Any, name: str, *, recorded: bool = False) -> Recipe:
     if hidden and settings is not None:
         raise refused(name, [f"{hidden[0]} was calibrated with a CONDITIONING, whose content is not in the file"])
     runs = read_runs(settings or {}, value["sources"], name, absent)
+    gone = sorted({lora for one in [settings or {}, *(run.settings for run in runs)] for lora in one.get(GONE, ())})
+    if gone:
+        raise refused(name, [f"its calibration ran further rounds with LoRAs that are not in it: {', '.join(gone)}"])
     for one in ([run.settings for run in runs] or [settings or {}]) if recorded else ():
         if one.get("custom_latent") and one.get("latent_fill") is None:
             raise refused(

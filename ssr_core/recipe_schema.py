@@ -97,6 +97,11 @@ _PASSES: dict[str, Any] = {
         "maximum": 4,
         "description": "1: each LoRA alone. More: then all passes again on the merged model.",
     },
+    "rounds_gone": {
+        "type": "array",
+        "items": _TEXT,
+        "description": "LoRAs that only the merges of further rounds had: such a calibration cannot be made again.",
+    },
     "held_out": {"type": "integer", "minimum": 0, "description": f"One token of so many was held out. {_NOTED}"},
     "memory_budget_gb": {"type": "number", "minimum": 0},
     "sigmas": {

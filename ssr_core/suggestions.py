@@ -15,7 +15,7 @@ from .compatibility import APART, FIGHTING, MEETING, balancing, loudness
 from .joint_advice import less_weight
 from .methods import AverageMerge, GainsMerge, MergeMethod, SSRMerge, SumMerge, routes
 from .report import MergeReport
-from .rounds import ROUNDS
+from .rounds import rounds_of
 from .sampling import SampleOptions
 
 LOUD = 4.0
@@ -227,7 +227,7 @@ def _much_left(report: MergeReport, settings: Mapping[str, object], method: Merg
     ways = ["merge without one of the two"] if len(report.tasks) > 2 else []
     if isinstance(method, SSRMerge) and method.refine and settings.get("sampled_tokens") == 0:
         ways.append(f"calibrate with sampled_tokens {SampleOptions().tokens}")
-    if isinstance(method, SSRMerge) and settings.get(ROUNDS, 1) == 1:
+    if isinstance(method, SSRMerge) and rounds_of(settings) == 1 and "records" not in settings:
         ways.append("calibrate in 2 rounds")
     ways.append("put OSRM Refit (mode contrast) between the SSR LoRA nodes and the calibration")
     return [f"Much is lost even so (error {error:.2f}). {a} and {b} fight most{where}: {', or '.join(ways)}."]

@@ -17,12 +17,15 @@ from .errors import IncompatibleError
 from .files import json_text
 from .gram import GramStats
 from .records import TaskRecord
+from .rounds import settings_without
 from .scenes import scenes_of
 from .targets import Target
 
 
 def keep(calibration: Calibration, tasks: Sequence[int]) -> Calibration:
     """Some of the LoRAs only, in any order, as if the others had never been there; their joint prompts go too.
+
+    Where there were several rounds, the merges of the later ones had all LoRAs: `settings` then say which are gone.
 
     Raises:
         IncompatibleError: None is left, one twice, or one that is not there.
@@ -33,6 +36,7 @@ def keep(calibration: Calibration, tasks: Sequence[int]) -> Calibration:
             remedy="keep at least one, each once.",
         )
     kept, scenes = scenes_of(calibration.scenes, tasks)
+    gone = [record.name for index, record in enumerate(calibration.tasks) if index not in tasks]
     stats: dict[Target, GramStats] = {}
     members: dict[Target, tuple[int, ...]] = {}
     signatures: dict[Target, Tensor] = {}
@@ -54,6 +58,7 @@ def keep(calibration: Calibration, tasks: Sequence[int]) -> Calibration:
         stack_tasks=members,
         signatures=signatures,
         scenes=scenes,
+        settings=settings_without(calibration.settings, gone),
     )
 
 

@@ -77,10 +77,11 @@ def test_two_rounds_equal_the_dense_reference_and_leave_the_model_alone(server, 
 
 def test_calibrating_and_solving_apart_gives_the_same(server, base, tasks):  # noqa: F811
     graph = MergeGraph(server)
-    whole = merge_node(graph, tasks, rounds=2, sampled_tokens=16)
-    graph.dump(whole, "rounds_whole")
+    values = {"rounds": 2, "sampled_tokens": 16}
+    graph.dump(merge_node(graph, tasks, **values), "rounds_whole")
+    calibration = merge_node(graph, tasks, "SSRCalibrate", **values)
     model, clip = graph.checkpoint(KIND), graph.add("TinyCLIP", kind=KIND, seed=0)
-    solved = graph.pack("SSRSolve", model=model, clip=clip, calibration=whole.out(3), ridge=RIDGE)
+    solved = graph.pack("SSRSolve", model=model, clip=clip, calibration=calibration, ridge=RIDGE)
     graph.dump(solved, "rounds_solved")
     server.run(graph.prompt).ok()
     one, other = dumped(base, "rounds_whole"), dumped(base, "rounds_solved")

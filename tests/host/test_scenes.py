@@ -87,7 +87,7 @@ def expected(base, tasks, names, suffix):
     return merged
 
 
-def merge_node(graph, tasks, **options):
+def merge_node(graph, tasks, node="SSRMerge", **options):
     loras = [
         graph.pack(
             "SSRLoRA",
@@ -102,7 +102,7 @@ def merge_node(graph, tasks, **options):
     values = {"model": model, "clip": graph.add("TinyCLIP", kind=KIND, seed=0), "latent": graph.latent(KIND)}
     values |= {"ridge": RIDGE, "anchor": "sum", "padding": "include", "sampled_tokens": 0}
     values = {name: value for name, value in (values | options).items() if value is not None}
-    return graph.join("SSRMerge", loras, sigmas=graph.first_sigmas(model, 2), **values)
+    return graph.join(node, loras, sigmas=graph.first_sigmas(model, 2), **values)
 
 
 def test_merges_with_scenes_equal_the_dense_reference(server, base, tasks):
