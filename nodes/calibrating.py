@@ -127,7 +127,10 @@ class _Round:
             shares = ranks.shares(counts, whole=options.sample is not None)
             solve = 0 if self.number + 1 == self.count else SOLVE_SHARE
             until = max(progress.reached, CALIBRATION_SHARE * (self.number + 1 - solve) / self.count)
-            passes = Passes(loaded, model, clip, options, progress, shares, scenes, merged=merged, until=until)
+            at = (self.number, self.count)
+            passes = Passes(
+                loaded, model, clip, options, progress, shares, scenes, merged=merged, until=until, round=at
+            )
             for index in range(len(loaded.tasks)):
                 passes.run(index, *parts)
             for number in range(len(scenes)):

@@ -54,6 +54,7 @@ class Passes:
         scenes: Prompts of several LoRAs or none.
         merged: A merge of the LoRAs is in MODEL and CLIP: none of them acts by itself.
         until: Share of the progress bar that the passes fill.
+        round: Index of the round, and how many there are.
     """
 
     def __init__(
@@ -68,8 +69,9 @@ class Passes:
         *,
         merged: bool = False,
         until: float = CALIBRATION_SHARE,
+        round: tuple[int, int] = (0, 1),
     ) -> None:
-        self.merged = merged
+        self.merged, self.round = merged, round
         self.loaded, self.model, self.clip, self.options, self.progress = loaded, model, clip, options, progress
         self.latent, self.sigmas = options.latent_for(model), options.sigmas_for(model)
         self.noise = host.shared_noise(self.latent, options.seed)
@@ -122,7 +124,8 @@ class Passes:
         steps = len(self.sigmas) - 1
         for number, (conditioning, rows) in enumerate(prepared):
             host.check_cancel()
-            self.progress.doing(host.Activity("calibrate", self.names, place, number, len(prepared), steps))
+            at = host.Activity("calibrate", self.names, place, number, len(prepared), steps, *self.round)
+            self.progress.doing(at)
             tap.describe_text(rows)
             host.run_calibration_pass(
                 model,

@@ -25,6 +25,8 @@ class Activity:
         prompt: Index of its prompt.
         prompts: How many it has.
         steps: Sampling steps of one pass.
+        round: Index of the round of passes.
+        rounds: How many there are.
     """
 
     stage: Literal["load", "calibrate", "solve"]
@@ -33,6 +35,8 @@ class Activity:
     prompt: int = 0
     prompts: int = 0
     steps: int = 0
+    round: int = 0
+    rounds: int = 1
 
 
 class Progress:

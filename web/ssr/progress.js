@@ -5,10 +5,11 @@ export const IDLE = Object.freeze({ running: false, tasks: [], share: 0 });
 /** The state after a progress message (`Activity` in nodes/host/progress.py). */
 export function advance(state, message) {
   const fresh = !state.running || state.promptId !== message.prompt_id;
-  const { stage, task, tasks, prompt, prompts, step, steps, share } = message;
+  const { stage, task, tasks, prompt, prompts, step, steps, share, round, rounds } = message;
   const names = tasks?.length ? tasks : fresh ? [] : state.tasks;
   const previews = fresh ? {} : state.previews;
-  return { running: true, promptId: message.prompt_id, stage, task, tasks: names, prompt, prompts, step, steps, share, previews };
+  const place = { stage, task, tasks: names, prompt, prompts, step, steps, share, round, rounds };
+  return { running: true, promptId: message.prompt_id, ...place, previews };
 }
 
 /** The state with the picture of the LoRA at work; what it replaces is for the caller to release. */

@@ -5,7 +5,8 @@ const EN = {
   idle: "Run the graph to see how the LoRAs are kept apart.",
   noLoras: "No SSR LoRA is connected.", ofCalibration: "No SSR LoRA is connected: the calibration's own LoRAs are merged.",
   loading: "Reading the LoRAs", solving: "Solving",
-  calibrating: (s) => `${s.name} (${s.task + 1} of ${s.tasks.length}), prompt ${s.prompt + 1} of ${s.prompts}, step ${s.step} of ${s.steps}`,
+  calibrating: (s) => `${s.name} (${s.task + 1} of ${s.tasks.length}), prompt ${s.prompt + 1} of ${s.prompts}, step ${s.step} of ${s.steps}`
+    + (s.rounds > 1 ? `, round ${s.round + 1} of ${s.rounds}` : ""),
   stopped: "Stopped.", failed: "The node stopped with an error.", finished: "Finished.", restored: "From the last run.",
   before: "Plain sum", after: "This merge",
   cell: (i, j, v) => `${j} under the prompt of ${i}: ${v}`,
@@ -40,7 +41,8 @@ const ZH = {
   idle: "运行工作流后，这里会显示各 LoRA 的分离情况。",
   noLoras: "没有连接 SSR LoRA。", ofCalibration: "没有连接 SSR LoRA：合并的是校准中的 LoRA。",
   loading: "正在读取 LoRA", solving: "正在求解",
-  calibrating: (s) => `${s.name}（${s.task + 1}/${s.tasks.length}），提示词 ${s.prompt + 1}/${s.prompts}，步 ${s.step}/${s.steps}`,
+  calibrating: (s) => `${s.name}（${s.task + 1}/${s.tasks.length}），提示词 ${s.prompt + 1}/${s.prompts}，步 ${s.step}/${s.steps}`
+    + (s.rounds > 1 ? `，第 ${s.round + 1}/${s.rounds} 轮` : ""),
   stopped: "已停止。", failed: "节点出错停止。", finished: "已完成。", restored: "来自上一次运行。",
   before: "直接相加", after: "本次合并",
   cell: (i, j, v) => `在 ${i} 的提示词下 ${j} 的能量：${v}`,

@@ -37,6 +37,9 @@ test("a message without names keeps those of the run", () => {
 test("the line says which LoRA, prompt and step", () => {
   const text = statusText(advance(IDLE, message({ tasks: ["x/a.safetensors", "x/b.safetensors"] })), WORDS.en);
   assert.equal(text, "b (2 of 2), prompt 1 of 2, step 1 of 4");
+  const again = advance(IDLE, message({ tasks: ["a", "b"], round: 1, rounds: 2 }));
+  assert.equal(statusText(again, WORDS.en), "b (2 of 2), prompt 1 of 2, step 1 of 4, round 2 of 2");
+  assert.match(statusText(again, WORDS.zh), /第 2\/2 轮/);
   assert.equal(statusText(advance(IDLE, message({ stage: "solve" })), WORDS.en), "Solving");
   assert.equal(statusText(IDLE, WORDS.en), "");
 });
