@@ -47,7 +47,7 @@ def calibrate(
 ) -> Calibration:
     """One short sampling pass for each LoRA and prompt, that LoRA alone, and for each scene; the same noise for all.
 
-    Further rounds run the same passes on the merge of the rounds before (`ssr_core.rounds`).
+    Further rounds run the same passes on the merge of the rounds before (`ssr_core.round_sums`).
 
     Args:
         loaded: The LoRAs.

@@ -32,7 +32,7 @@ class Calibrator:
         sample: Keep some whole inputs of the routed layers too, for `refinement`.
         held_out: One token of so many is held out, to judge by; 0 for none, which takes a third less memory.
         scenes: Prompts of several LoRAs or none.
-        merged: The model has a merge of these LoRAs in it, for a further round (`rounds`): none of them acts alone.
+        merged: The model has a merge of these LoRAs in it, for a further round (`round_sums`): none of them acts alone.
     """
 
     def __init__(
