@@ -199,7 +199,7 @@ GRAPHS = {
             "merge2",
             "SSRMerge",
             860,
-            960,
+            1020,
             {"joint_prompts": DANCING},
             {"model": "shift2.0", "clip": "clip.0", "loras.lora0": "two.0", "sigmas": "split.1"},
             "Low",
