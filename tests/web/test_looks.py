@@ -24,7 +24,7 @@ def test_zoomed_and_in_the_light_theme(desk, shots):
     desk.run()
     desk.page.evaluate("() => app.extensionManager.setting.set('Comfy.ColorPalette', 'light')")
     for scale in (0.6, 1.6):
-        desk.look(scale, -300 if scale > 1 else 120, -150 if scale > 1 else 90)
+        desk.look(scale, -300 if scale > 1 else 120, -240 if scale > 1 else 90)
         panel = desk.panel()
         for name in ("Layers", "Result"):
             panel.get_by_role("tab", name=name).click()
