@@ -2,9 +2,9 @@
 
 import torch
 
-from .merging import SEED, MergeGraph
+from .merging import MergeGraph
 from .reference import Recording, routed
-from .test_scenes import KIND, PROMPTS, RIDGE, merge_node, record, tasks  # noqa: F401  (a fixture)
+from .test_scenes import KIND, PROMPTS, RIDGE, merge_node, record, record_pass, tasks  # noqa: F401  (a fixture)
 from .weights import assert_added, base_weights, dumped, relative_error
 
 MIDDLE = 0.01
@@ -15,21 +15,7 @@ def record_merged(server, tasks, prompt, prefix):  # noqa: F811
     """One pass with what SSR Merge makes of one round."""
     graph = MergeGraph(server)
     merged = merge_node(graph, tasks, ridge=MIDDLE)
-    model, clip = merged.out(0), merged.out(1)
-    graph.add("RecordTextInputs", clip=clip, text=prompt, prefix=f"{prefix}_text")
-    watched = graph.add("RecordInputs", model=model, prefix=prefix)
-    sampled = graph.add(
-        "SamplerCustomAdvanced",
-        noise=graph.add("RandomNoise", noise_seed=SEED),
-        guider=graph.add(
-            "BasicGuider", model=watched, conditioning=graph.add("CLIPTextEncode", clip=clip, text=prompt)
-        ),
-        sampler=graph.add("KSamplerSelect", sampler_name="euler"),
-        sigmas=graph.first_sigmas(graph.checkpoint(KIND), 2),
-        latent_image=graph.latent(KIND),
-    )
-    graph.add("SaveLatent", samples=sampled, filename_prefix=f"host/{prefix}")
-    server.run(graph.prompt).ok()
+    record_pass(server, graph, merged.out(0), merged.out(1), prompt, prefix)
 
 
 def expected(base, tasks, names, suffix):  # noqa: F811

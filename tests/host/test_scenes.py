@@ -52,6 +52,11 @@ def record(server, tasks, prompt, acting, prefix):
         strengths = {"strength_model": task.strength, "strength_clip": task.strength}
         loaded = graph.add("LoraLoader", model=model, clip=clip, lora_name=task.file.name, **strengths)
         model, clip = loaded.out(0), loaded.out(1)
+    record_pass(server, graph, model, clip, prompt, prefix)
+
+
+def record_pass(server, graph, model, clip, prompt, prefix):
+    """What MODEL and CLIP read while core samples a prompt."""
     graph.add("RecordTextInputs", clip=clip, text=prompt, prefix=f"{prefix}_text")
     watched = graph.add("RecordInputs", model=model, prefix=prefix)
     sampled = graph.add(
