@@ -106,7 +106,7 @@ class _Round:
         ranks: Ranks,
     ) -> Calibration:
         """Every LoRA's prompts, then the scenes."""
-        merged, scenes = self.number > 0, self.scenes
+        scenes = self.scenes
         parts = [
             Calibrator(
                 [s for s in self.stacks if s.target.part == part],
@@ -114,7 +114,7 @@ class _Round:
                 options.sample,
                 self.held_out,
                 scenes,
-                merged,
+                merged=self.number > 0,
             )
             for part in ("model", "clip")
         ]
@@ -128,9 +128,7 @@ class _Round:
             solve = 0 if self.number + 1 == self.count else SOLVE_SHARE
             until = max(progress.reached, CALIBRATION_SHARE * (self.number + 1 - solve) / self.count)
             at = (self.number, self.count)
-            passes = Passes(
-                loaded, model, clip, options, progress, shares, scenes, merged=merged, until=until, round=at
-            )
+            passes = Passes(loaded, model, clip, options, progress, shares, scenes, until=until, round=at)
             for index in range(len(loaded.tasks)):
                 passes.run(index, *parts)
             for number in range(len(scenes)):

@@ -52,9 +52,9 @@ class Passes:
         progress: Moves by steps.
         shares: For each LoRA, then each scene, which of its prompts are run here; None for all of them.
         scenes: Prompts of several LoRAs or none.
-        merged: A merge of the LoRAs is in MODEL and CLIP: none of them acts by itself.
         until: Share of the progress bar that the passes fill.
-        round: Index of the round, and how many there are.
+        round: Index of the round, and how many there are; from the second on a merge of the LoRAs is in MODEL and
+            CLIP, and none of them acts by itself.
     """
 
     def __init__(
@@ -67,11 +67,10 @@ class Passes:
         shares: Sequence[Sequence[int]] | None = None,
         scenes: Sequence[Scene] = (),
         *,
-        merged: bool = False,
         until: float = CALIBRATION_SHARE,
         round: tuple[int, int] = (0, 1),
     ) -> None:
-        self.merged, self.round = merged, round
+        self.round = round
         self.loaded, self.model, self.clip, self.options, self.progress = loaded, model, clip, options, progress
         self.latent, self.sigmas = options.latent_for(model), options.sigmas_for(model)
         self.noise = host.shared_noise(self.latent, options.seed)
@@ -113,7 +112,7 @@ class Passes:
 
     def _apart(self, acting: Sequence[int]) -> Sequence[int]:
         """LoRAs whose other parts have to be put onto the model: none where a merge has them."""
-        return () if self.merged else acting
+        return () if self.round[0] > 0 else acting
 
     def _sample(self, place: int, acting: Sequence[int], prepared: _Prepared, tap: Any) -> None:
         """Sample with each CONDITIONING; `place` is that of the LoRA or scene among all names."""
