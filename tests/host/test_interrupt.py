@@ -15,16 +15,35 @@ def state_of(server, family, tag):
     return facts(server.run(graph.prompt).ok(), dump)
 
 
+def first_steps(event, data):
+    """The progress bar moves."""
+    return event == "progress" and bool(data["value"])
+
+
+def second_round(event, data):
+    """A step of the second round is done."""
+    return event == "ssr_merge.progress" and data.get("round") == 1 and data.get("step", 0) > 0
+
+
 @pytest.mark.parametrize("case", ["flux-fused-split", "sd15-convolutions"])
 @pytest.mark.parametrize("kind", ["SSRMerge", "SSRCalibrate"])
 def test_interrupted_calibration_leaves_nothing_behind(server, base, case, kind):
+    interrupted(server, base, case, kind, first_steps, steps=100)
+
+
+def test_interrupted_second_round_leaves_nothing_behind(server, base):
+    interrupted(server, base, "flux-fused-split", "SSRMerge", second_round, steps=20, rounds=2)
+
+
+def interrupted(server, base, case, kind, moment, **options):
+    """Cancel at the first event of a kind; the model's state before and after, and a run behind it."""
     family, tasks = pair(base, case)
     before = state_of(server, family, f"before_{case}_{kind}")
     graph = MergeGraph(server)
-    merged = graph.merge(family, tasks, kind, steps=100, latent=graph.latent(family, 512))
+    merged = graph.merge(family, tasks, kind, latent=graph.latent(family, 512), **options)
     graph.add("PreviewAny", source=merged)
     prompt = server.submit(graph.prompt)
-    server.wait_event(prompt, lambda event, data: event == "progress" and data["node"] == merged.id and data["value"])
+    server.wait_event(prompt, lambda event, data: data.get("node") == merged.id and moment(event, data), timeout=120)
     server.interrupt()
     result = server.wait(prompt, timeout=60)
     assert result.status == "interrupted"

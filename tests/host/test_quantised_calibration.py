@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from .merging import SEED, MergeGraph, pair
 from .quantised import STORED, base_hash, load_base, saved_deltas
 from .reference import Recording
+from .test_rounds import MIDDLE
 from .test_router import RIDGE, expected_deltas
 from .weights import facts, relative_error
 
@@ -19,14 +20,14 @@ CASES += [("sd15-convolutions", "unscaled_fp8_e4m3fn")]
 ACTIVATIONS = {"int8": 0.03, "int8_convrot": 0.03, "convrot_w4a4": 0.4, "asym_w4a8_int8": 0.03}
 
 
-def calibrate(server, base, case, kind):
+def calibrate(server, base, case, kind, rounds=1):
     """One merge on the quantised base, its passes recorded; the deltas that were saved."""
     family, tasks = pair(base, case)
     graph = MergeGraph(server)
-    prefix = f"passes_{case}_{kind}"
+    prefix = f"passes_{case}_{kind}_{rounds}"
     model = load_base(graph, family, kind)
     watched = graph.add("RecordPasses", model=model, prefix=prefix)
-    merged = graph.merge(family, tasks, model=watched, ridge=RIDGE, sampled_tokens=0)
+    merged = graph.merge(family, tasks, model=watched, ridge=RIDGE, sampled_tokens=0, rounds=rounds)
     saved = graph.save(merged, prefix)
     dump = graph.dump(merged, prefix, base_only=True)
     result = server.run(graph.prompt).ok()
@@ -60,6 +61,27 @@ def test_recorded_inputs_are_those_of_the_dense_float_model(server, base, kind):
         assert torch.tensor(errors).median() < ACTIVATIONS.get(kind, 1e-5)
 
 
+@pytest.mark.parametrize("kind", ["int8", "nvfp4", "unscaled_fp8_e4m3fn"])
+def test_a_second_round_runs_on_the_merge_of_the_first(server, base, kind):
+    case = "flux-fused-split"
+    family, tasks = pair(base, case)
+    prefix, found, _ = calibrate(server, base, case, kind, rounds=2)
+    expected = expected_deltas(base, tasks, prefix, rounds=2)
+    assert max(relative_error(found[name], delta) for name, delta in expected.items()) < 1e-3
+    for index, task in enumerate(tasks):
+        graph = MergeGraph(server)
+        once = graph.merge(family, tasks, model=load_base(graph, family, kind), ridge=MIDDLE, sampled_tokens=0)
+        merged = f"merged_{kind}_{index}"
+        sample_once(server, graph, graph.add("RecordInputs", model=once, prefix=merged), family, task)
+        ours, theirs, alone = (
+            Recording(base, one) for one in (f"{prefix}_{len(tasks) + index}", merged, f"{prefix}_{index}")
+        )
+        names = sorted(task.file.truth)
+        errors = torch.tensor([relative_error(ours.rows(name), theirs.rows(name)) for name in names])
+        moved = torch.tensor([relative_error(ours.rows(name), alone.rows(name)) for name in names])
+        assert errors.max() < 1e-5 and moved.median() > 1e-2
+
+
 def sample_twin(server, family, kind, task, prefix):
     """What every layer of the dense model sees in the pass of one LoRA; sampled by core nodes."""
     graph = MergeGraph(server)
@@ -70,7 +92,11 @@ def sample_twin(server, family, kind, task, prefix):
         quantised=load_base(graph, family, kind),
         deltas="task.safetensors",
     )
-    watched = graph.add("RecordInputs", model=twin, prefix=prefix)
+    sample_once(server, graph, graph.add("RecordInputs", model=twin, prefix=prefix), family, task)
+
+
+def sample_once(server, graph, watched, family, task):
+    """Core's sampling of one step with a task's conditioning."""
     sampled = graph.add(
         "SamplerCustomAdvanced",
         noise=graph.add("RandomNoise", noise_seed=SEED),

@@ -6,6 +6,7 @@ reference shares nothing with the pack.
 """
 
 import pytest
+import torch
 
 from .merging import OTHER_FAMILIES, PAIRS, MergeGraph, averaged, pair, record, row_groups, summed
 from .reference import Recording, routed
@@ -15,15 +16,15 @@ RIDGE = 1e-3
 STEPS = {"flux-fused-split": 3}
 
 
-def expected_deltas(base, tasks, prefix, **options):
-    """The reference's merged delta of every weight."""
-    recordings = [Recording(base, f"{prefix}_{index}") for index in range(len(tasks))]
+def expected_deltas(base, tasks, prefix, rounds=1, **options):
+    """The reference's merged delta of every weight; each round recorded every task once."""
+    recordings = [Recording(base, f"{prefix}_{index}") for index in range(rounds * len(tasks))]
     merged = {}
     for name in {name for task in tasks for name in task.file.truth}:
         owners = [index for index, task in enumerate(tasks) if name in task.file.truth]
         parts = [tasks[index].file.truth[name] for index in owners]
         deltas = [tasks[index].strength * part.delta.flatten(1) for index, part in zip(owners, parts, strict=True)]
-        inputs = [recordings[index].rows(name) for index in owners]
+        inputs = [torch.cat([one.rows(name) for one in recordings[index :: len(tasks)]]) for index in owners]
         whole = deltas[0].new_zeros(deltas[0].shape)
         for start, rows in row_groups(parts):
             span = slice(start, start + rows)
