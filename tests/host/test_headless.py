@@ -26,6 +26,7 @@ PROMPTS = (("a photo of a red fox", "a fox in the snow"), ("a watercolour of a h
 JOINT, NEUTRAL = "[2, headless_80] a fox and a heron", "an empty street"
 EQUAL = 1e-5
 """Relative difference of float32 factors that were solved twice."""
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def command(checkout, base, arguments, **more):
@@ -157,8 +158,7 @@ def test_a_recipe_gives_what_the_nodes_give_and_torchrun_too(checkout, base, nod
     alone = base / "output" / "loras" / re.split(r"[\\/]", out.strip())[-1]
     assert difference(node_file[0], alone) < EQUAL
     two = tmp_path / "two.safetensors"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    code, _, err = run(checkout, base, recipe, "--output", two, launcher=launcher)
+    code, _, err = run(checkout, base, recipe, "--output", two, launcher=TWO_PROCESSES)
     assert code == 0, err
     assert difference(alone, two) < EQUAL
     values = recipe_of(files(base)) | {"calibration": {"file": "kept.safetensors"}}
