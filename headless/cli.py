@@ -12,6 +12,10 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..ssr_core import OSRMRecipe, Recipe
 
 OK, FAILED, MISUSED, INTERRUPTED, STOPPED = 0, 1, 2, 130, 143
 
@@ -29,7 +33,7 @@ examples:
 
 docs/headless.md describes recipes; docs/recipe.schema.json is their schema."""
 
-_NO_CLIP = "A recipe names clip and clip_type in model, or give --clip and --clip-type."
+_NO_CLIP = "A recipe names clip and clip_type beside unet in its model, or give --clip and --clip-type."
 _OTHER = "choose another --output."
 
 EXAMPLE = {
@@ -62,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="FILE",
-        help="merged file, or folder of refit LoRAs; default: numbered in output/loras",
+        help="merged file, OSRM Init's start, or folder of refit LoRAs; default: numbered in output/loras",
     )
     add("--overwrite", action="store_true", help="replace the output, its reports and the saved calibration")
     add("--save-calibration", type=Path, metavar="FILE", help="keep the calibration")
@@ -154,33 +158,55 @@ def _say(text: str) -> None:
     print(text if text.startswith("SSR-Merge") else f"SSR-Merge: {text}", file=sys.stderr, flush=True)  # noqa: T201
 
 
+def _is_merge(given: argparse.Namespace) -> bool:
+    return bool(given.recipe.suffix.lower() == ".safetensors")
+
+
+def _recipe(given: argparse.Namespace) -> Recipe | OSRMRecipe:
+    """What is to be made, with what the options replace.
+
+    Raises:
+        SSRMergeError: It cannot be read, or does not go with the options.
+    """
+    from ..ssr_core import FileError, check_graph, read_any
+
+    again = _is_merge(given)
+    if given.again and not again:
+        raise FileError("--again takes a merged .safetensors.", file=str(given.recipe))
+    if given.output is not None and given.output.resolve() == given.recipe.resolve():
+        raise FileError("the output would replace what it is made from.", file=str(given.output), remedy=_OTHER)
+    recipe = read_any(given.recipe)
+    options = {name: getattr(given, name) for name in ("checkpoint", "unet", "clip", "clip_type")}
+    named = {name: value for name, value in options.items() if value is not None}
+    if named and {"checkpoint", "unet"}.isdisjoint(named) and "unet" in recipe.model:
+        named = {"unet": recipe.model["unet"], **named}  # a text encoder alone joins the recipe's own model
+    recipe = replace(recipe, model=named) if named else recipe
+    if again and not given.trust_graph:
+        check_graph(recipe.model, given.recipe.name)
+    if given.save_calibration is not None and not _makes_calibration(recipe):
+        remedy = "leave --save-calibration out."
+        raise FileError("this recipe makes no calibration.", file=str(given.recipe), remedy=remedy)
+    return recipe
+
+
+def _makes_calibration(recipe: Recipe | OSRMRecipe) -> bool:
+    """Whether passes are run for a merge, or their records put together."""
+    from ..ssr_core import OSRMRecipe
+
+    if isinstance(recipe, OSRMRecipe) or recipe.calibration_file is not None:
+        return False
+    return recipe.settings is not None or bool(recipe.runs) or recipe.records is not None
+
+
 def _run(given: argparse.Namespace, host_options: Sequence[str]) -> int:
-    from ..ssr_core import FileError, OSRMRecipe, SSRMergeError, check_graph, joined, read_any
+    from ..ssr_core import OSRMRecipe, SSRMergeError, joined
     from ..ssr_core.errors import ClipMissingError
     from . import installation
 
     first = os.environ.get("RANK", "0") == "0"
     try:
-        again = given.recipe.suffix.lower() == ".safetensors"
-        if given.again and not again:
-            raise FileError("--again takes a merged .safetensors.", file=str(given.recipe))
-        if given.output is not None and given.output.resolve() == given.recipe.resolve():
-            raise FileError("the output would replace what it is made from.", file=str(given.output), remedy=_OTHER)
-        recipe = read_any(given.recipe)
-        overrides = {
-            "checkpoint": given.checkpoint,
-            "unet": given.unet,
-            "clip": given.clip,
-            "clip_type": given.clip_type,
-        }
-        named = {name: value for name, value in overrides.items() if value is not None}
-        recipe = replace(recipe, model=named) if named else recipe
-        if again and not given.trust_graph:
-            check_graph(recipe.model, given.recipe.name)
-        if isinstance(recipe, OSRMRecipe) and given.save_calibration is not None:
-            raise FileError(
-                "OSRM makes no calibration.", file=str(given.recipe), remedy="leave --save-calibration out."
-            )
+        recipe = _recipe(given)
+        again = _is_merge(given)
         if given.check:
             _say("the recipe is right.")
             return OK
@@ -226,7 +252,8 @@ def _compare(given: argparse.Namespace, made: Path) -> None:
     difference, allowed = largest_difference(given.recipe, made), rounding(given.recipe)
     _say(f"largest relative difference to {given.recipe.name}: {difference:.1e}")
     if given.again and not difference <= allowed:
-        raise FileError(f"it is another merge: rounding is at most {allowed:.1e}.", file=str(made))
+        remedy = "compare model, LoRAs and versions with those of then, or leave --again out."
+        raise FileError(f"it is another merge: rounding is at most {allowed:.1e}.", file=str(made), remedy=remedy)
 
 
 class _bar:  # noqa: N801

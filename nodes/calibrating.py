@@ -122,7 +122,10 @@ class _Round:
         if any(len(stack.blocks) > 1 for stack in self.stacks):
             if scenes and clip is None:
                 first = scenes[0]
-                raise ClipMissingError(f"the {first.label} {first.prompt!r} needs a CLIP.", remedy="connect CLIP.")
+                raise ClipMissingError(
+                    f"the {first.label} {first.prompt!r} needs a CLIP.",
+                    remedy="connect CLIP, or empty joint_prompts and neutral_prompts.",
+                )
             counts = [count_passes(entry) for entry in loaded.entries] + [1] * len(scenes)
             shares = ranks.shares(counts, whole=options.sample is not None)
             solve = 0 if self.number + 1 == self.count else SOLVE_SHARE

@@ -38,7 +38,6 @@ class SSRCompare(io.ComfyNode):
                 "compare lora merge methods",
                 "best merge",
                 "np-lora",
-                "ties",
                 "merge lora",
             ],
             inputs=[
@@ -55,8 +54,8 @@ class SSRCompare(io.ComfyNode):
                 io.String.Input(
                     "choose",
                     default=BEST,
-                    tooltip="Whose merge the outputs carry: best (smallest error on held-out tokens, all LoRAs together), or "
-                    "the number of a line of methods.",
+                    tooltip="Whose merge the outputs carry: best (smallest error on held-out tokens, all LoRAs together; joint and "
+                    "neutral prompts do not count), or the number of a line of methods.",
                 ),
                 theme_input(),
                 io.String.Input(

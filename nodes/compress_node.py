@@ -39,7 +39,9 @@ class SSRCompress(io.ComfyNode):
             ],
             inputs=[
                 io.Model.Input("model", tooltip=MODEL_TIP),
-                LORA_MODEL.Input("lora", tooltip="From SSR Merge, SSR Solve or NP-LoRA Merge."),
+                LORA_MODEL.Input(
+                    "lora", tooltip="From SSR Merge, SSR Solve, NP-LoRA Merge or another merge of this pack."
+                ),
                 io.Clip.Input("clip", optional=True, tooltip="The CLIP that was merged, if one was connected there."),
                 SSR_CALIBRATION.Input(
                     "calibration",
@@ -69,7 +71,8 @@ class SSRCompress(io.ComfyNode):
         if not isinstance(lora, pipeline.MergedLoRA):
             raise IncompatibleError(
                 "this LORA_MODEL does not come from SSR-Merge.",
-                remedy="connect LORA_MODEL of SSR Merge, SSR Solve or NP-LoRA Merge; a single LoRA goes through them too.",
+                remedy="connect LORA_MODEL of SSR Merge, SSR Solve, NP-LoRA Merge or another merge of this pack; a single LoRA goes "
+                "through them too.",
             )
         options = CompressOptions(
             values["limit"], values[values["limit"]], values["ridge"], values.get("key_style", _DEFAULTS.key_style)

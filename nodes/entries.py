@@ -20,7 +20,11 @@ from ..ssr_core import (
     read_safetensors,
     tensors_hash,
 )
+from ..ssr_core.files import UNREADABLE
+from ..ssr_core.words import number_of
 from . import host
+
+_STRENGTH = "use one or two numbers between -100 and 100, like 0.8 or 0.8 0.5."
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def file_hash(path: Path) -> str:
     try:
         stat = path.stat()
     except OSError as err:
-        raise FileError(f"cannot read the file ({err.strerror}).", file=path.name) from err
+        raise FileError(f"cannot read the file ({err.strerror}).", file=path.name, remedy=UNREADABLE) from err
     return _hash_of_version(str(path), stat.st_mtime_ns, stat.st_size)
 
 
@@ -153,7 +157,8 @@ def entries_from_stack(stack: Sequence[Any], prompts: str) -> LoRAEntries:
     names = [item[0] if isinstance(item, list | tuple) and item else item for item in stack]
     if len(lines) != len(stack):
         raise IncompatibleError(
-            f"the stack holds {len(stack)} LoRAs ({', '.join(map(str, names))}), the prompts have {len(lines)} lines.",
+            f"the stack holds {number_of(len(stack), 'LoRA')} ({', '.join(map(str, names))}), the prompts have "
+            f"{number_of(len(lines), 'line')}.",
             remedy="write one line for each LoRA of the stack, in its order.",
         )
     entries = []
@@ -211,7 +216,7 @@ def parse_strengths(text: str, entries: LoRAEntries) -> LoRAEntries:
         return entries
     if len(lines) != len(entries):
         raise IncompatibleError(
-            f"{len(lines)} strengths for {len(entries)} LoRAs ({', '.join(entry.name for entry in entries)}).",
+            f"{number_of(len(lines), 'strength')} for {number_of(len(entries), 'LoRA')} ({', '.join(entry.name for entry in entries)}).",
             remedy="write one line for each LoRA, in order: strength, or model and clip strength.",
         )
     changed = []
@@ -219,8 +224,8 @@ def parse_strengths(text: str, entries: LoRAEntries) -> LoRAEntries:
         try:
             values = [float(word) for word in line.replace(",", " ").split()]
         except ValueError as err:
-            raise IncompatibleError(f"{line!r} is no strength.", file=entry.name) from err
+            raise IncompatibleError(f"{line!r} is no strength.", file=entry.name, remedy=_STRENGTH) from err
         if len(values) not in (1, 2) or not all(abs(value) <= 100 for value in values):
-            raise IncompatibleError(f"{line!r} is no strength.", file=entry.name, remedy="use one or two numbers.")
+            raise IncompatibleError(f"{line!r} is no strength.", file=entry.name, remedy=_STRENGTH)
         changed.append(entry.with_strengths(values[0], values[-1]))
     return tuple(changed)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ..ssr_core import ForwardLoRA, IncompatibleError, LoRALayer, Target
+from ..ssr_core.words import number_of
 from . import host
 from .model_info import FORWARD_ATTACHMENT, root_of
 from .storage_kinds import quantised_as
@@ -47,7 +48,7 @@ class Division:
                 )
             return ()
         missed = (
-            f" {len(self.rounded)} quantised layers are out of the hooks' reach and are patched and rounded, e.g. "
+            f" Out of the hooks' reach, patched and rounded: {number_of(len(self.rounded), 'quantised layer')}, e.g. "
             f"{self.rounded[0]}."
             if self.rounded
             else ""

@@ -83,7 +83,7 @@ def optional_calibration_inputs() -> list[io.Input]:
             options=host.SCHEDULERS,
             default=PASS_DEFAULTS["scheduler"],
             advanced=True,
-            tooltip="Which noise levels the steps visit. At 1 step every scheduler starts from pure noise.",
+            tooltip="Which noise levels the steps visit; simple recommended. At 1 step every scheduler starts from pure noise.",
         ),
         io.Combo.Input(
             "padding",
@@ -101,7 +101,7 @@ def optional_calibration_inputs() -> list[io.Input]:
             step=0.5,
             advanced=True,
             tooltip="Memory that the statistics may take, in GiB; the node stops with the amount needed if that is "
-            "more. 0: half of what the machine has.",
+            "more. 0: half of the main memory that is free, and half of the GPU's.",
         ),
     ]
 
@@ -117,7 +117,8 @@ def sample_input() -> io.Int.Input:
         advanced=True,
         tooltip="Whole layer inputs that calibration keeps of each layer and LoRA, to tell LoRAs apart by more than they "
         f"read themselves. {SampleOptions().tokens} recommended; fewer merge worse and take less memory (about 0.8 GB "
-        "of main memory for each of up to 5 LoRAs of Flux at 256, no more for further ones). 0: none, as in the paper.",
+        "of main memory for each of up to 5 LoRAs of Flux at 256; joint and neutral prompts count like LoRAs, and more of them "
+        "share that room). 0: none, as in the paper.",
     )
 
 
@@ -156,7 +157,7 @@ def rounds_input() -> io.Int.Input:
         optional=True,
         advanced=True,
         tooltip="1: each LoRA alone. 2: then all passes again with the merge in the model, which learns what its own small "
-        "errors change; better pictures, twice the passes. More gains little.",
+        "errors change; better pictures, twice the passes, and up to 4 times the memory of the statistics. More gains little.",
     )
 
 
@@ -199,7 +200,7 @@ def solve_inputs() -> list[io.Input]:
             options=list(METHODS),
             default=SSRMerge.name,
             advanced=True,
-            tooltip="ssr (recommended) routes each signal to its LoRA; paper is the published formula to the letter; "
+            tooltip="ssr (recommended) routes each signal to its LoRA; paper is the published formula (with padding at include and steps at 1 to the letter); "
             "gains scales each LoRA; sum is what chained loaders do; average divides by their number; np_lora keeps the "
             "others out of the last LoRA's directions (NP-LoRA Merge has its settings).",
         ),

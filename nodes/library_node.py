@@ -39,7 +39,8 @@ class SSRRecordLibrary(io.ComfyNode):
                 io.Boolean.Input(
                     "changed_loras",
                     default=True,
-                    tooltip="clean: also remove records whose LoRA file changed, was renamed or is gone.",
+                    tooltip="clean: also remove records whose LoRA file changed, was renamed or is gone. A record that is removed "
+                    "costs a pass to make again.",
                 ),
                 io.Float.Input(
                     "older_than_days",
@@ -47,7 +48,7 @@ class SSRRecordLibrary(io.ComfyNode):
                     min=0.0,
                     max=36500.0,
                     step=1.0,
-                    tooltip="clean: also remove records that were written longer ago. 0: of no age.",
+                    tooltip="clean: also remove records that were written longer ago. 0: age does not matter.",
                 ),
             ],
             outputs=[io.String.Output(display_name="report", tooltip="The records, or what was removed and why.")],

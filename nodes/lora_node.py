@@ -65,7 +65,8 @@ class SSRLoRA(io.ComfyNode):
                 io.Conditioning.Input(
                     "conditioning",
                     optional=True,
-                    tooltip="Replaces the prompts, for models that need more than text (reference or start images).",
+                    tooltip="Replaces the prompts for the diffusion model, where it needs more than text (reference or start "
+                    "images); one pass. A LoRA with text-encoder layers needs a prompt as well: CLIP learns from that.",
                 ),
                 LORA_MODEL.Input(
                     "lora_model", optional=True, tooltip="A LoRA from Train LoRA or SSR Merge; replaces the file."
@@ -79,7 +80,10 @@ class SSRLoRA(io.ComfyNode):
                 *_conversion_inputs(),
             ],
             outputs=[
-                SSR_LORA.Output(display_name="loras", tooltip="For SSR Merge, SSR Calibrate or the next SSR LoRA.")
+                SSR_LORA.Output(
+                    display_name="loras",
+                    tooltip="For SSR Merge, SSR Calibrate, the next SSR LoRA, or any node that takes LoRAs.",
+                )
             ],
         )
 

@@ -28,7 +28,10 @@ from .loading import load
 from .options import calibration_options, solve_method, solve_options
 from .showing import calibration_ui, merge_ui
 
-_CLIP_TIP = "Encodes the prompts; its LoRA layers are merged too. Not needed if every SSR LoRA has a CONDITIONING."
+_CLIP_TIP = (
+    "Encodes the prompts; its LoRA layers are merged too. Not needed if every SSR LoRA has a CONDITIONING and there are no joint "
+    "or neutral prompts."
+)
 _ALIASES = ["merge lora", "lora merge", "combine characters", "combine loras", "two characters", "identity bleed"]
 
 
@@ -96,8 +99,8 @@ class SSRCalibrate(io.ComfyNode):
             display_name="SSR Calibrate",
             category=CATEGORY,
             has_intermediate_output=True,
-            description="Runs the calibration passes of SSR Merge once. SSR Solve then merges from them in a second, at "
-            "any strength and ridge, with any subset of the LoRAs.",
+            description="Runs the calibration passes of SSR Merge once. SSR Solve then merges from them without sampling, "
+            "at any strength and ridge, with any subset of the LoRAs.",
             search_aliases=[*_ALIASES, "calibration"],
             inputs=[*_calibration_sockets(), sample_input(), *scene_inputs(), rounds_input()],
             outputs=[

@@ -30,7 +30,7 @@ def moment_inputs() -> list[io.Input]:
             max=16384,
             advanced=True,
             tooltip="Layers with up to this many inputs keep their exact covariance (inputs squared, 4 bytes each); "
-            "wider ones a sketch.",
+            f"wider ones a sketch. {_MOMENTS.exact_limit} recommended.",
         ),
         io.Int.Input(
             "sketch",
@@ -39,6 +39,6 @@ def moment_inputs() -> list[io.Input]:
             max=4096,
             advanced=True,
             tooltip="Columns of the sketch of wide layers. It knows about as many directions; of the others it knows the "
-            "total energy, so that the report gives estimates with bounds.",
+            f"total energy, so that the report gives estimates with bounds. {_MOMENTS.sketch} recommended; more takes memory.",
         ),
     ]

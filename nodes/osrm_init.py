@@ -171,5 +171,7 @@ def _save(
         patches, unused = reload_patches(temporary, core_keys)
         if unused or len(patches) != len(result.layers):
             raise FileError(
-                f"ComfyUI would load {len(patches)} of {len(result.layers)} layers; nothing was saved.", file=path.name
+                f"ComfyUI would load {len(patches)} of {len(result.layers)} layers; nothing was saved.",
+                file=path.name,
+                remedy="set key_style to comfy; if it stays, report it with the model's name.",
             )

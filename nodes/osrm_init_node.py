@@ -40,7 +40,13 @@ def _main_inputs() -> list[io.Input]:
             tooltip="Name below output/loras. _0_steps and a number are added (core's Train LoRA reads the steps "
             "from the name); nothing is overwritten.",
         ),
-        io.Int.Input("rank", default=_INIT.rank, min=1, max=1024, tooltip="Rank of the LoRA that will be trained."),
+        io.Int.Input(
+            "rank",
+            default=_INIT.rank,
+            min=1,
+            max=1024,
+            tooltip="Rank of the LoRA that will be trained; 16 recommended, and the same in the trainer.",
+        ),
         io.Combo.Input(
             "layers",
             options=list(LAYER_CHOICES),
@@ -98,7 +104,7 @@ def _advanced_inputs() -> list[io.Input]:
             options=[name for name in DTYPES if name != "auto"],
             default="float32",
             advanced=True,
-            tooltip="Precision of the file.",
+            tooltip="Precision of the file; float32 recommended.",
         ),
     ]
 

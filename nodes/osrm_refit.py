@@ -22,6 +22,7 @@ from ..ssr_core import (
 )
 from ..ssr_core.advice import silent_warnings
 from ..ssr_core.metadata import refit_metadata
+from ..ssr_core.words import number_of
 from . import host
 from .entries import LoRAEntries
 from .input_passes import gather
@@ -77,7 +78,10 @@ def refit(
     modules = {whole_module(target) for task in loaded.tasks for target in task.adapter.layers}
     layers = [one for part in ("model", "clip") for one in input_layers(loaded.key_map, part) if one.target in modules]
     if not layers:
-        raise IncompatibleError("none of the LoRAs has a layer that can be refit.")
+        raise IncompatibleError(
+            "none of the LoRAs has a layer that can be refit.",
+            remedy="connect LoRAs with linear layers, and set convert_rank of their SSR LoRA above 0.",
+        )
     gathered = gather(loaded, model, clip, layers, calibration, moments, progress, active=True)
     begin = progress.reached
     result = osrm_refit(
@@ -135,14 +139,14 @@ def _remarks(loaded: Loaded) -> list[str]:
     for task in tasks:
         carried = _carried(task.adapter)
         if carried:
-            lines.append(f"{task.name}: {len(carried)} keys are handed on as they are, e.g. {carried[0]}.")
+            lines.append(f"{task.name}: handed on as they are: {number_of(len(carried), 'key')}, e.g. {carried[0]}.")
         if task.adapter.vectors:
-            lines.append(f"{task.name}: {len(task.adapter.vectors)} biases and norms are handed on as they are.")
+            lines.append(f"{task.name}: biases and norms that are handed on as they are: {len(task.adapter.vectors)}.")
         rests = [one for one in task.adapter.conversions if one.rest_kept]
         if rests:
             worst = max(one.error for one in rests)
             lines.append(
-                f"Warning: {task.name}: what conversion cut off {len(rests)} layers (up to {100 * worst:.1f} % of a "
+                f"Warning: {task.name}: what conversion cut off {number_of(len(rests), 'layer')} (up to {100 * worst:.1f} % of a "
                 "layer) is not in the refit LoRA. A larger convert_rank at its SSR LoRA keeps more."
             )
     return lines

@@ -55,7 +55,7 @@ class SSROSRMRefit(io.ComfyNode):
                     min=0.0,
                     max=1000.0,
                     step=0.05,
-                    tooltip="contrast: weight of the others' prompts against the LoRA's own, 1 as much. project: share "
+                    tooltip="contrast: weight of the others' prompts against the LoRA's own; 1 recommended, both alike. project: share "
                     "that is removed, up to 1. 0 changes nothing. analytic ignores it.",
                 ),
                 io.Float.Input(

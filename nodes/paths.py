@@ -21,14 +21,14 @@ def output_path(prefix: str, suffix: str, folder: str = "") -> Path:
         folder: Folder of the output folder that it is confined to.
 
     Raises:
-        FileError: The prefix leads outside.
+        FileError: The prefix is empty, or leads outside.
     """
     root = (host.output_directory() / folder).resolve()
     cleaned = prefix.replace("\\", "/").strip()
-    if not cleaned or cleaned.endswith("/") or not (root / cleaned).resolve().is_relative_to(root):
-        raise FileError(
-            "the name leads outside the output folder.", file=prefix, remedy="use a name like loras/merged."
-        )
+    if not cleaned or cleaned.endswith("/"):
+        raise FileError("the name is empty, or ends with a slash.", file=prefix, remedy="write a name, like ssr.")
+    if not (root / cleaned).resolve().is_relative_to(root):
+        raise FileError("the name leads outside the output folder.", file=prefix, remedy="use a name without .. in it.")
     return host.numbered_file(cleaned, root, suffix)
 
 
@@ -52,5 +52,5 @@ def calibration_path(name: str) -> Path:
     root = _calibration_root()
     path = (root / name).resolve()
     if not path.is_relative_to(root):
-        raise FileError("the name leads outside the output folder.", file=name)
+        raise FileError("the name leads outside the output folder.", file=name, remedy="choose one from the list.")
     return path

@@ -23,6 +23,7 @@ from ..ssr_core import (
     prompt_warnings,
     to_tensors,
 )
+from ..ssr_core.words import number_of
 from . import forward, host, patches
 from .entries import LoRAEntries, entry_from_record
 from .loading import Loaded, pass_through, rest
@@ -179,7 +180,7 @@ def _rounded_rests(loaded: Loaded, model: Any) -> list[str]:
         rounded = [path for path in paths if quantised_as(root.get_submodule(path)) is not None]
         if rounded and task.strength_model != 0:
             warnings.append(
-                f"What conversion cut off {len(rounded)} layers of {task.name} is patched into quantised weights and "
+                f"What conversion cut off {number_of(len(rounded), 'layer')} of {task.name} is patched into quantised weights and "
                 "rounded there, whatever apply says. A larger convert_rank at its SSR LoRA keeps more of it exact; "
                 "residual drop leaves it out."
             )
@@ -231,13 +232,18 @@ def calibration_report(socket: CalibrationSocket) -> str:
     """What a calibration holds, in words."""
     calibration = socket.calibration
     layers = calibration.stats
-    lines = ["# SSR-Merge calibration", "", f"{len(layers)} layers are shared by two or more LoRAs.", ""]
+    lines = [
+        "# SSR-Merge calibration",
+        "",
+        f"{number_of(len(layers), 'layer is', 'layers are')} shared by two or more LoRAs.",
+        "",
+    ]
     for index, record in enumerate(calibration.tasks):
         tokens = socket.tokens_of(index)
         unseen = sum(count == 0 for count in tokens)
         lines.append(
-            f"- **{record.name}** at {record.strength_model:g} (CLIP {record.strength_clip:g}): {len(tokens)} layers, "
-            f"{max(tokens, default=0):.0f} tokens at most, {unseen} layers never ran. "
+            f"- **{record.name}** at {record.strength_model:g} (CLIP {record.strength_clip:g}): {number_of(len(tokens), 'layer')}, "
+            f"{max(tokens, default=0):.0f} tokens at most, {number_of(unseen, 'layer')} never ran. "
             f"Prompts: {' | '.join(record.prompts) or 'none'}"
         )
     names = [record.name for record in calibration.tasks]

@@ -19,8 +19,8 @@ def record_size_inputs() -> list[io.Input]:
             min=1,
             max=4096,
             advanced=True,
-            tooltip="Directions of each layer's input that a new record keeps beside the LoRA's own, which are exact. "
-            "More is closer to a calibration run and a larger file. Smaller records are made again.",
+            tooltip="Directions of each layer's input that a new record keeps beside the LoRA's own, which are exact; "
+            "64 recommended. More is closer to a calibration run and a larger file. Smaller records are made again.",
         ),
         io.Int.Input(
             "exact_limit",
@@ -28,7 +28,8 @@ def record_size_inputs() -> list[io.Input]:
             min=0,
             max=16384,
             advanced=True,
-            tooltip="Layers with up to this many inputs are kept whole.",
+            tooltip="Layers with up to this many inputs keep all of their statistics instead of columns; 256 recommended, more "
+            "makes larger files.",
         ),
         io.Float.Input(
             "budget_mb",

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..ssr_core import Calibration, IncompatibleError, Share, SmallRecords, from_records
+from ..ssr_core.words import number_of
 from . import host
 from .loading import Loaded
 from .options import CalibrationOptions
@@ -101,7 +102,7 @@ def record_notes(recorded: Recorded, settings: Mapping[str, Any]) -> list[str]:
         )
     if about.get("unsampled"):
         notes.append(
-            f"{about['unsampled']} layers are merged without the correction from sampled inputs, which not all records "
+            f"{number_of(about['unsampled'], 'layer is', 'layers are')} merged without the correction from sampled inputs, which not all records "
             "have; set sampled_tokens for all of them."
         )
     return notes

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..ssr_core import (
-    MOMENTS_REMEDY,
+    RECORD_REMEDY,
     CalibrationError,
     IncompatibleError,
     KeyTarget,
@@ -213,7 +213,7 @@ def _run(
     recorders = [Recorder(unit.task, key_map, part, options, calibration.padding) for part in ("model", "clip")]
     budgets = host.memory_budgets(model.load_device, calibration.memory_budget_gb)
     for recorder in recorders:
-        check_memory(recorder.need(), *budgets, remedy=MOMENTS_REMEDY)
+        check_memory(recorder.need(), *budgets, remedy=RECORD_REMEDY)
     try:
         passes.run(number, *recorders)
     except SharingError:  # a model whose layers share an input in one step and not in the next

@@ -41,7 +41,7 @@ class SSRReport(io.ComfyNode):
                 LORA_MODEL.Input(
                     "lora",
                     optional=True,
-                    tooltip="The LORA_MODEL of SSR Merge, SSR Solve or SSR Compare: reports on it.",
+                    tooltip="The LORA_MODEL of SSR Merge, SSR Solve, NP-LoRA Merge or another merge of this pack: reports on it.",
                 ),
                 SSR_CALIBRATION.Input(
                     "calibration",

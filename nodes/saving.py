@@ -20,8 +20,11 @@ from ..ssr_core import (
     write_safetensors,
 )
 from ..ssr_core.files import json_text
+from ..ssr_core.words import number_of
 from .patches import reload_patches
 from .pipeline import MergedLoRA, MergeOrigin
+
+_UNFAITHFUL = "set key_style to comfy; if it stays, report it with the LoRAs' names."
 
 TOLERANCE = 2
 """Allowed difference between file and live merge, in roundings of the file's dtype."""
@@ -87,18 +90,22 @@ def _verify(temporary: Path, path: Path, origin: MergeOrigin) -> None:
     patches, unused = reload_patches(temporary, origin.core_keys)
     if unused:
         raise FileError(
-            f"ComfyUI would not load {len(unused)} keys, e.g. {unused[0]}; nothing was saved.", file=path.name
+            f"ComfyUI would not load {number_of(len(unused), 'key')}, e.g. {unused[0]}; nothing was saved.",
+            file=path.name,
+            remedy=_UNFAITHFUL,
         )
     expected, found = _expected_outputs(origin), _loaded_outputs(patches, origin)
     if expected.keys() != found.keys():
         missing = sorted(expected.keys() ^ found.keys())[0]
-        raise FileError("the file does not cover the same layers; nothing was saved.", file=path.name, layer=missing)
+        said = "the file does not cover the same layers; nothing was saved."
+        raise FileError(said, file=path.name, layer=missing, remedy=_UNFAITHFUL)
     dtypes = {layer.down.dtype for layer in origin.result.layers.values()}
     eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=1e-6)
     for name, value in expected.items():
         scale = float(value.norm())
         if float((found[name] - value).norm()) > TOLERANCE * eps * max(scale, 1e-30):
-            raise FileError("the file does not give the live merge; nothing was saved.", file=path.name, layer=name)
+            said = "the file does not give the live merge; nothing was saved."
+            raise FileError(said, file=path.name, layer=name, remedy=_UNFAITHFUL)
 
 
 def _probe(width: int) -> Tensor:

@@ -29,7 +29,9 @@ class SSRSaveCalibration(io.ComfyNode):
             search_aliases=["save calibration"],
             is_output_node=True,
             inputs=[
-                SSR_CALIBRATION.Input("calibration", tooltip="From SSR Calibrate or SSR Merge."),
+                SSR_CALIBRATION.Input(
+                    "calibration", tooltip="From SSR Calibrate, SSR Merge, or any node with this output."
+                ),
                 io.String.Input(
                     "filename_prefix",
                     default="ssr",
@@ -66,7 +68,12 @@ class SSRLoadCalibration(io.ComfyNode):
                     tooltip="A file that SSR Save Calibration wrote. Press R after saving a new one.",
                 )
             ],
-            outputs=[SSR_CALIBRATION.Output(display_name="CALIBRATION", tooltip="For SSR Solve.")],
+            outputs=[
+                SSR_CALIBRATION.Output(
+                    display_name="CALIBRATION",
+                    tooltip="For SSR Solve, SSR Compare, SSR Report and the other nodes that take it.",
+                )
+            ],
         )
 
     @classmethod
@@ -109,7 +116,8 @@ class SSRSaveLoRA(io.ComfyNode):
                     options=list(KEY_STYLES),
                     default="comfy",
                     tooltip="Names inside the file: comfy (diffusion_model.*, loads everywhere in ComfyUI), kohya "
-                    "(lora_unet_*), diffusers (transformer.*, where the model family has them).",
+                    "(lora_unet_*), diffusers (transformer.*, where the model family has them). LORA_MODELs that are no merge "
+                    "of this pack, those of OSRM Refit too, only as comfy.",
                 ),
                 io.Boolean.Input(
                     "report",

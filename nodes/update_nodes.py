@@ -86,7 +86,7 @@ class SSREditCalibration(io.ComfyNode):
                     multiline=True,
                     default="",
                     tooltip="LoRAs to drop, one a line: the number (from 1) or the name. To replace one, drop it and "
-                    "connect the other.",
+                    "connect the other. Joint prompts with it go too.",
                 ),
                 io.Model.Input(
                     "model", optional=True, tooltip="Needed to add LoRAs: the MODEL that the calibration was made with."

@@ -10,6 +10,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from ..ssr_core import Calibration, IncompatibleError, combine, extend, from_records, rounds_of, without
+from ..ssr_core.words import number_of
 from . import host, pipeline
 from .entries import LoRAEntries, LoRAEntry
 from .loading import load
@@ -52,7 +53,7 @@ def drop(socket: pipeline.CalibrationSocket, text: str) -> tuple[pipeline.Calibr
     converted = tuple(adapter for adapter in socket.converted if adapter.fingerprint in fingerprints)
     made = pipeline.socket_of(left)
     lost = len(calibration.scenes) - len(left.scenes)
-    notes = [f"{lost} joint prompts are gone with their LoRAs."] if lost else []
+    notes = [f"{number_of(lost, 'joint prompt is', 'joint prompts are')} gone with the LoRAs."] if lost else []
     if rounds_of(calibration.settings) > 1:
         notes.append("Further rounds of it ran on merges that had these LoRAs: what they saw is an approximation now.")
     return pipeline.CalibrationSocket(left, entries, made.tensors, converted), notes
@@ -97,7 +98,9 @@ def join(
         notes.append("The new LoRAs were in none of its further rounds: what these saw is an approximation now.")
     lost = len(socket.calibration.scenes)
     if lost:
-        notes.append(f"{lost} joint or neutral prompts are gone: what the new LoRAs read under them is not known.")
+        notes.append(
+            f"{number_of(lost, 'joint or neutral prompt is', 'joint or neutral prompts are')} gone: what the new LoRAs read under them is not known."
+        )
     return pipeline.socket_of(joined, loaded), notes
 
 

@@ -33,7 +33,7 @@ from .headless import calibrate, calibrate_sharded
 from .heldout import HELD_OUT, HeldOut
 from .input_hooks import InputLayer, SharingError, input_layers, whole_module
 from .input_taps import InputCollector, InputTap
-from .memory import MOMENTS_REMEDY, MemoryNeed, check_memory, memory_need, moments_need
+from .memory import MOMENTS_REMEDY, RECORD_REMEDY, MemoryNeed, check_memory, memory_need, moments_need
 from .merge import MergeResult, check_unsupported, describe, merge
 from .metadata import merge_metadata, with_recipe
 from .method_lines import parse_method
@@ -142,6 +142,7 @@ __all__ = [
     "MB",
     "METHODS",
     "MOMENTS_REMEDY",
+    "RECORD_REMEDY",
     "MemoryBudgetError",
     "MemoryNeed",
     "MergeMethod",

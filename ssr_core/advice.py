@@ -14,6 +14,7 @@ from .layer_report import LayerReport
 from .rounds import GONE, settings_without
 from .scenes import scenes_of
 from .stacks import LayerStack, Task
+from .words import number_of
 
 SAME_SIGNAL = 1e-3
 """Median separability below which two tasks count as indistinguishable."""
@@ -94,7 +95,7 @@ def warnings_for(
         missing = task.adapter.keys_with("unmatched")
         if missing:
             warnings.append(
-                f"{len(missing)} of {len(task.adapter.records)} keys of {task.name} are not used, e.g. "
+                f"Not used: {len(missing)} of {number_of(len(task.adapter.records), 'key')} of {task.name}, e.g. "
                 f"{missing[0].key}: {missing[0].reason}."
             )
     return warnings
@@ -115,8 +116,8 @@ def _truncated(task: Task) -> list[str]:
         else "is lost"
     )
     return [
-        f"{len(short)} converted layers of {task.name} hold more than rank {worst.rank}: what is left of them, up to "
-        f"{worst.error:.0%} ({worst.group.target}), {fate}. A larger convert_rank at its SSR LoRA keeps more."
+        f"More than rank {worst.rank} is in {number_of(len(short), 'converted layer')} of {task.name}: what is left, "
+        f"up to {worst.error:.0%} ({worst.group.target}), {fate}. A larger convert_rank at its SSR LoRA keeps more."
     ]
 
 
@@ -132,7 +133,9 @@ def _anchored(layers: Sequence[LayerReport]) -> list[str]:
         own = [layer for layer in layers if layer.target.part == part]
         if own:
             named = ", ".join(str(layer.target) for layer in own[:3]) + (" and others" if len(own) > 3 else "")
-            warnings.append(f"{len(own)} layers never ran in calibration for one of their LoRAs: {named}. {advice}")
+            warnings.append(
+                f"{number_of(len(own), 'layer')} never ran in calibration for one of their LoRAs: {named}. {advice}"
+            )
     return warnings
 
 
@@ -206,5 +209,6 @@ def notes_for(tasks: Sequence[Task], calibration: Calibration | None) -> list[st
         )
     lost = len(calibration.scenes) - len(kept)
     if lost:
-        notes.append(f"{lost} joint prompts take no part, as some of their LoRAs are not merged.")
+        some = number_of(lost, "joint prompt takes", "joint prompts take")
+        notes.append(f"{some} no part, as some of the LoRAs are not merged.")
     return notes

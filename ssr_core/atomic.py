@@ -70,7 +70,8 @@ def scratch_folder(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir()
     except OSError as err:
-        raise FileError(f"cannot write here ({err.strerror}).", file=str(path)) from err
+        remedy = "check the folder's permissions and the space on the disk."
+        raise FileError(f"cannot write here ({err.strerror}).", file=str(path), remedy=remedy) from err
     try:
         yield folder
     finally:

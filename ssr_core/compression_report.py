@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from .targets import Target
+from .words import number_of
 
 _LISTED = 40
 
@@ -80,7 +81,10 @@ class CompressionReport:
         """Rank and error by layer, the worst layers first."""
         lines = ["# SSR-Merge compression", "", f"Limit: {self.limit}. {self.headline()}", ""]
         reasons = Counter(one.reason for one in self.layers if one.reason)
-        lines += [f"- {count} layers are cut by their weights: {reason}." for reason, count in reasons.items()]
+        lines += [
+            f"- {number_of(count, 'layer is cut by its', 'layers are cut by their')} weights: {reason}."
+            for reason, count in reasons.items()
+        ]
         lines += [
             "",
             "| layer | rank | error | measured on | as stored | of the weights |",

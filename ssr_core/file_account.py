@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from .words import number_of
+
 KeyFate = Literal[
     "routed",
     "merged",
@@ -58,7 +60,9 @@ class FileAccount:
         """One line."""
         fates = ", ".join(f"{count} {FATE_WORDS[fate]}" for fate, count in self.fates.items())
         error = self.conversion_error
-        return f"{self.keys} keys: {fates}" + (f" (largest relative error {error:.1e})" if error is not None else "")
+        return f"{number_of(self.keys, 'key')}: {fates}" + (
+            f" (largest relative error {error:.1e})" if error is not None else ""
+        )
 
 
 def count_fates(fates: Sequence[KeyFate]) -> dict[KeyFate, int]:

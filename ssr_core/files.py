@@ -17,6 +17,7 @@ from .errors import FileError
 
 MAX_TENSORS = 200_000
 PICKLE_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".pkl"}
+UNREADABLE = "check that it is there and that ComfyUI may read it."
 _CHUNK = 1 << 22
 
 
@@ -28,7 +29,7 @@ def content_hash(path: Path) -> str:
             while block := stream.read(_CHUNK):
                 digest.update(block)
     except OSError as err:
-        raise FileError(f"cannot read the file ({err.strerror}).", file=path.name) from err
+        raise FileError(f"cannot read the file ({err.strerror}).", file=path.name, remedy=UNREADABLE) from err
     return digest.hexdigest()
 
 
@@ -85,7 +86,7 @@ def _refuse_strangers(path: Path) -> None:
         with path.open("rb") as stream:
             head = stream.read(9)
     except OSError as err:
-        raise FileError(f"cannot read the file ({err.strerror}).", file=path.name) from err
+        raise FileError(f"cannot read the file ({err.strerror}).", file=path.name, remedy=UNREADABLE) from err
     # A safetensors header opens with "{" after its length, and that length may spell a pickle's magic.
     magic = head[:4] == b"PK\x03\x04" or head[:1] == b"\x80"
     if (magic and head[8:] != b"{") or path.suffix.lower() in PICKLE_SUFFIXES:

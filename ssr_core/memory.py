@@ -119,8 +119,12 @@ def moments_need(layers: Sequence[InputLayer], options: MomentOptions, tasks: in
     return MemoryNeed(kept + sketches, kept * tasks)
 
 
-MERGE_REMEDY = "merge fewer LoRAs at once, in one round, use LoRAs of lower rank, or raise memory_budget_gb."
-MOMENTS_REMEDY = "lower exact_limit or sketch, choose fewer layers, or raise memory_budget_gb."
+MERGE_REMEDY = (
+    "lower sampled_tokens, merge fewer LoRAs at once, in one round, with fewer joint and neutral prompts, use LoRAs of "
+    "lower rank, or raise memory_budget_gb."
+)
+MOMENTS_REMEDY = "lower exact_limit or sketch, or raise memory_budget_gb."
+RECORD_REMEDY = "lower columns, exact_limit or sampled_tokens, or raise memory_budget_gb where the node has it."
 
 
 def check_memory(need: MemoryNeed, device_budget: int, host_budget: int, remedy: str = MERGE_REMEDY) -> None:

@@ -26,6 +26,7 @@ from .report import LayerReport, MergeReport
 from .stacks import LayerStack, Task, build_stacks
 from .suggestions import suggestions
 from .targets import Target
+from .words import number_of
 
 Unsupported = Literal["refuse", "pass_through"]
 
@@ -148,7 +149,8 @@ def _one_change_each(
         for one in shared if parameter == "weight" else []:
             rows = one.out_slice or (0, layers[one].up.shape[0])
             if target.out_slice not in (None, one.out_slice):
-                raise IncompatibleError("one LoRA changes rows of a weight that another changes whole.", layer=str(one))
+                said = "one LoRA changes rows of a weight that another changes whole."
+                raise IncompatibleError(said, layer=str(one), remedy="merge without one of the two.")
             total = vectors[(target, parameter)].to(torch.float32).clone()
             part = total if target.out_slice is not None else total.narrow(0, *rows)
             part += layers.pop(one).delta(torch.float32).reshape(part.shape)
@@ -173,7 +175,7 @@ def check_unsupported(tasks: Sequence[Task], unsupported: Unsupported) -> None:
         if records:
             first = records[0]
             raise IncompatibleError(
-                f"{len(records)} of its keys cannot be routed; the first is {first.key}: {first.reason}.",
+                f"{number_of(len(records), 'key')} cannot be routed; the first is {first.key}: {first.reason}.",
                 file=task.name,
                 layer=str(first.target),
                 remedy="remove this LoRA, set convert_rank of its SSR LoRA above 0 where it is 0, or set unsupported "

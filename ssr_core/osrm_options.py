@@ -54,7 +54,8 @@ class InitOptions:
         try:
             pattern = re.compile(self.only)
         except re.error as err:
-            raise IncompatibleError(f"only = {self.only!r} is no regular expression ({err}).") from err
+            remedy = "write a part of a layer's path, like double_blocks, or leave it empty."
+            raise IncompatibleError(f"only = {self.only!r} is no regular expression ({err}).", remedy=remedy) from err
         found = input_layers(key_map, "model") + (input_layers(key_map, "clip") if self.text_encoder else [])
         chosen = [one for one in found if self._takes(one) and pattern.search(one.target.module_path)]
         if not chosen:

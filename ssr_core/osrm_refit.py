@@ -17,6 +17,7 @@ from .moments import InputMoments
 from .osrm import layer_generator, lost_tokens, pooled
 from .osrm_layer import Range, RefitMode, RefitOptions, energy, refit_layer, white_energy
 from .targets import Target
+from .words import number_of
 
 JudgedBy = Literal["inputs", "never reached", "not finite", "leave it silent"]
 
@@ -223,10 +224,14 @@ def refit_markdown(reports: Sequence[RefitReport], options: RefitOptions) -> str
         for kind, reason in _BLIND:
             blind = sum(one.judged_by == kind for one in report.layers)
             if blind:
-                lines.append(f"\n{report.name}: {blind} layers were judged by weights; {reason}.")
+                lines.append(
+                    f"\n{report.name}: {number_of(blind, 'layer was', 'layers were')} judged by weights; {reason}."
+                )
         lines += [f"\nWarning: {report.name}: {sentence}" for sentence in nonfinite_warnings(report.nonfinite)]
         reasons: dict[str, list[Target]] = {}
         for target, reason in report.unchanged.items():
             reasons.setdefault(reason, []).append(target)
-        lines += [f"\n{report.name}: {len(t)} layers unchanged ({r}), e.g. {t[0]}." for r, t in reasons.items()]
+        lines += [
+            f"\n{report.name}: {number_of(len(t), 'layer')} unchanged ({r}), e.g. {t[0]}." for r, t in reasons.items()
+        ]
     return "\n".join(lines) + "\n"

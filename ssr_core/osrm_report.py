@@ -9,6 +9,7 @@ from .finite import nonfinite_warnings
 from .moments import Features
 from .osrm import InitResult
 from .targets import Target
+from .words import number_of
 
 FEW_MEANS = 50
 """Below so many samples Init says that means are few; the paper takes up to about 100 a task."""
@@ -27,7 +28,7 @@ def init_markdown(result: InitResult, rank: int, names: Sequence[str], features:
     lines = [
         "# OSRM Init",
         "",
-        f"{len(reports)} layers of rank {rank} start outside the inputs of: {', '.join(names)}.",
+        f"{number_of(len(reports), 'layer')} of rank {rank}, outside the inputs of: {', '.join(names)}.",
     ]
     if reports:
         mean = math.fsum(one.likely for one in reports) / len(reports)
@@ -40,8 +41,8 @@ def init_markdown(result: InitResult, rank: int, names: Sequence[str], features:
         if tight:
             lines += [
                 "",
-                f"Warning: in {tight} layers the others' inputs leave little room for rank {rank}: its rows see more "
-                f"than {TIGHT:.0%} of what random ones see, most in {worst.target}. {TIGHT_REMEDY}",
+                f"Warning: in {number_of(tight, 'layer')} the others' inputs leave little room for rank {rank}: its "
+                f"rows see more than {TIGHT:.0%} of what random ones see, most in {worst.target}. {TIGHT_REMEDY}",
             ]
         if features == "means" and worst.tokens < FEW_MEANS:
             lines += [
@@ -55,6 +56,9 @@ def init_markdown(result: InitResult, rank: int, names: Sequence[str], features:
     for target, reason in result.skipped.items():
         reasons.setdefault(reason, []).append(target)
     for reason, targets in reasons.items():
-        lines += ["", f"{len(targets)} layers are not in the file ({reason}), e.g. {targets[0]}."]
+        lines += [
+            "",
+            f"{number_of(len(targets), 'layer is', 'layers are')} not in the file ({reason}), e.g. {targets[0]}.",
+        ]
     lines += [f"\nWarning: {sentence}" for sentence in nonfinite_warnings(result.nonfinite)]
     return "\n".join(lines) + "\n"

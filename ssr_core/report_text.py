@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from .file_account import FATE_WORDS
 from .layout import Place
 from .modelmap import MapCell, by_kind, model_map
+from .words import number_of
 
 if TYPE_CHECKING:
     from .report import MergeReport
@@ -50,8 +51,8 @@ def _layers(report: MergeReport) -> list[str]:
     if short:
         lines += [
             "",
-            f"{len(short)} routed layers saw fewer tokens than their rank (modulation and embedding layers see one "
-            f"a pass); the anchor decides most of them, e.g. {short[0].target}.",
+            f"{number_of(len(short), 'routed layer')} saw fewer tokens than the rank (modulation and embedding layers "
+            f"see one a pass); the anchor decides most of them, e.g. {short[0].target}.",
         ]
     return lines
 

@@ -269,6 +269,7 @@ def _stack(group: _Group, tasks: Sequence[Task]) -> LayerStack:
                 f"{tasks[member.task].name} reads {member.layer.down.shape[1]} inputs here, another LoRA {width}.",
                 file=tasks[member.task].name,
                 layer=str(target),
+                remedy="merge without one of the two: they are not made for the same model.",
             )
         by_task.setdefault(member.task, []).append((member.target, member.layer))
     blocks = tuple(_block(index, target, by_task[index], out, tasks[index]) for index in sorted(by_task))

@@ -17,6 +17,7 @@ from .methods import AverageMerge, GainsMerge, MergeMethod, SSRMerge, SumMerge, 
 from .report import MergeReport
 from .rounds import rounds_of
 from .sampling import SampleOptions
+from .words import number_of
 
 LOUD = 4.0
 """Energy of one LoRA over that of the others (or the other way round) from which its strength is worth changing."""
@@ -194,8 +195,8 @@ def _ill(report: MergeReport) -> list[str]:
         return []
     worst = max(bad, key=lambda layer: layer.condition)
     return [
-        f"{len(bad)} layers are nearly singular (condition {worst.condition:.0e} in {worst.target}): small changes of "
-        "the noise change the merge there. Set ridge to 0.01."
+        f"{number_of(len(bad), 'layer is', 'layers are')} nearly singular (condition {worst.condition:.0e} "
+        f"in {worst.target}): small changes of the noise change the merge there. Set ridge to 0.01."
     ]
 
 

@@ -1,3 +1,3 @@
-"""The version of the pack; pyproject.toml reads it from here."""
+"""The version of the pack, the same as in pyproject.toml."""
 
 VERSION = "0.1.0"

@@ -51,9 +51,15 @@ def data(sampling: Sampling) -> dict[str, Method]:
         found[f"{images} x 64 image tokens a step"] = engine(own, replace(sampling, images=images))
     found["other noise for each LoRA"] = engine(own, replace(sampling, noise="other"))
     found["16 x 64 image tokens a step"] = engine(own, replace(sampling, images=16))
-    found["512 sampled tokens"] = engine(own, replace(sampling, sample=SampleOptions(512)))
+    for tokens in (512, 1024):
+        found[f"{tokens} sampled tokens"] = engine(own, replace(sampling, sample=SampleOptions(tokens)))
     for steps, rounds in ((8, 2), (8, 3), (4, 2), (2, 2)):
         found[f"{steps} steps, {rounds} rounds"] = engine(own, replace(sampling, steps=steps, rounds=rounds))
+    for rounds, tokens in ((2, 256), (2, 128), (4, 256), (4, 64)):
+        shared = replace(sampling, steps=4, rounds=rounds, shared=True, sample=SampleOptions(tokens))
+        found[f"4 steps, shared by {rounds} rounds, {tokens} sampled tokens in each"] = engine(own, shared)
+    half = replace(sampling, steps=4, rounds=2, sample=SampleOptions(128))
+    found["4 steps, 2 rounds, 128 sampled tokens in each"] = engine(own, half)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -49,6 +50,7 @@ class Sampling:
         joint: Also calibrate on the case's joint prompts.
         neutral: Also calibrate on so many prompts that name no LoRA.
         rounds: How often all passes run, from the second time on with the merge so far in the model.
+        shared: The rounds share one run instead: each goes on for its part of the steps where the last one stopped.
     """
 
     steps: int = 8
@@ -60,6 +62,7 @@ class Sampling:
     joint: bool = False
     neutral: int = 0
     rounds: int = 1
+    shared: bool = False
 
 
 @dataclass
@@ -134,18 +137,21 @@ class Case:
 
     def calibration(self, sampling: Sampling) -> Calibration:
         """The engine's statistics for these LoRAs."""
+        model, scenes = self.base, self.scenes(sampling)
+        part = sampling.steps // sampling.rounds if sampling.shared else None
+        begun: dict[tuple[str, int], Iterator[None]] = {}
 
-        model = self.base
+        def go_on(key: tuple[str, int], start: Callable[[], Iterator[None]]) -> None:
+            """A whole run, or the next part of one that was begun."""
+            steps = begun.setdefault(key, start()) if sampling.shared else start()
+            for _ in itertools.islice(steps, part):
+                pass
 
         def run(index: int, _: Tap) -> None:
-            for _ in self.passes(model, index, sampling):
-                pass
-
-        scenes = self.scenes(sampling)
+            go_on(("task", index), lambda: self.passes(model, index, sampling))
 
         def run_scene(number: int, _: Tap) -> None:
-            for _ in self.one_pass(model, scenes[number].prompt, sampling):
-                pass
+            go_on(("scene", number), lambda: self.one_pass(model, scenes[number].prompt, sampling))
 
         def make() -> Calibration:
             more: dict[str, Any] = {"sample": sampling.sample, "scenes": scenes, "run_scene": run_scene}

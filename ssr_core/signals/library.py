@@ -14,6 +14,7 @@ from pathlib import Path
 from ..atomic import stale_scratch
 from ..errors import FileError
 from ..targets import Target
+from ..words import number_of
 from .factor import InputFactor
 from .identity import RecordIdentity
 from .record_io import SUFFIX, RecordFile, open_record, save_record
@@ -164,7 +165,7 @@ def listing_text(listed: Sequence[Listed], folder: Path) -> str:
     """A library as people read it."""
     total, left = sum(one.size for one in listed), sum(one.unfinished for one in listed)
     also = f" {left} of them were never finished; clean removes them." if left else ""
-    lines = [f"# Records in {folder}", "", f"{len(listed)} records, {total / 1e6:.1f} MB.{also}", ""]
+    lines = [f"# Records in {folder}", "", f"{number_of(len(listed), 'record')}, {total / 1e6:.1f} MB.{also}", ""]
     if listed:
         lines += ["| LoRA | strength | prompts | columns | MB | model | file |", "|---|---|---|---|---|---|---|"]
     for one in listed:

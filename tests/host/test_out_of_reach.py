@@ -23,4 +23,4 @@ def test_a_quantised_layer_out_of_reach_is_named(server, base):
     report = graph.add("PreviewAny", source=merged.out(4))
     text = server.run(graph.prompt).ok().text(report)
     assert "applied in the forward pass" in text
-    assert "1 quantised layers are out of the hooks' reach" in text and GATE in text
+    assert "Out of the hooks' reach, patched and rounded: 1 quantised layer," in text and GATE in text

@@ -108,7 +108,10 @@ def test_recipes_of_osrm_are_checked_too(tmp_path):
     path.write_text(json.dumps({"model": {"checkpoint": "a"}, "osrm_init": {"prompts": ["a fox"]}}))
     assert run(path, "--check")[0] == 0
     code, _, err = run(path, "--check", "--save-calibration", tmp_path / "kept.safetensors")
-    assert code == 2 and "OSRM makes no calibration" in err
+    assert code == 2 and "makes no calibration" in err
+    path.write_text(json.dumps({"sources": [{"name": "a.safetensors"}], "method": "sum", "calibration": None}))
+    code, _, err = run(path, "--check", "--save-calibration", tmp_path / "kept.safetensors")
+    assert code == 2 and "makes no calibration" in err
     start = merged_file(tmp_path / "start.safetensors", method="osrm_init", rank=4)
     code, _, err = run(start, "--check")
     assert code == 2 and "OSRM Init wrote it" in err and "a recipe with osrm_init" in err
@@ -208,7 +211,7 @@ def test_only_the_command_says_how_a_recipe_names_a_clip(tmp_path, monkeypatch, 
     monkeypatch.setattr(parent, "work", work, raising=False)
     assert cli.main([str(merged_file(tmp_path / "merged.safetensors")), "--quiet"]) == 1
     err = capsys.readouterr().err
-    assert "connect CLIP. A recipe names clip and clip_type in model" in err and "recipe" not in str(error)
+    assert "connect CLIP. A recipe names clip and clip_type beside unet" in err and "recipe" not in str(error)
 
 
 def test_the_output_may_not_be_the_input(tmp_path):

@@ -79,7 +79,7 @@ def test_init_writes_zero_updates_of_orthonormal_rows_and_reports_what_they_see(
     truth = float(((x[0] @ one.down.T) ** 2).sum() / (x[0] ** 2).sum() / (4 / 20))
     (report,) = result.reports
     assert report.seen == pytest.approx(truth, rel=1e-9) == report.bound == report.likely
-    assert "1 layers are not in the file (they never ran)" in init_markdown(result, 4, ["x"])
+    assert "1 layer is not in the file (they never ran)" in init_markdown(result, 4, ["x"])
     assert "Warning" not in init_markdown(result, 4, ["x"], "tokens") + init_markdown(result, 4, ["x"], "means")
     few = osrm_init(layers[:1], [{Target("a"): moments_of(x, MomentOptions("means"))}], 4)
     text = init_markdown(few, 4, ["x"], "means")

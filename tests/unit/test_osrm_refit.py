@@ -118,7 +118,7 @@ def test_a_layer_that_no_other_pass_reached_is_unchanged_and_named():
     adapters = [Adapter("a", "a", {LAYER: layer}), Adapter("b", "b", {})]
     result = osrm_refit(adapters, [{LAYER: moments_of(randn(0, 1, 9, 12))}, {}], RefitOptions())
     assert result.adapters[0].layers[LAYER] is layer
-    assert "1 layers unchanged (no other LoRA's pass reached them), e.g. layer" in refit_markdown(
+    assert "1 layer unchanged (no other LoRA's pass reached them), e.g. layer" in refit_markdown(
         result.reports, RefitOptions()
     )
 

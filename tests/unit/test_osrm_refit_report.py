@@ -132,7 +132,7 @@ def test_layers_that_are_judged_by_weights_say_why():
     judged = {row.target.module_path: row.judged_by for row in report.layers}
     assert judged == {"silent": "leave it silent", "lost": "not finite", "unseen": "never reached", "own": "inputs"}
     text = refit_markdown([report], RefitOptions())
-    assert "1 layers were judged by weights; its own prompts never" in text and "they put out nothing" in text
+    assert "1 layer was judged by weights; its own prompts never" in text and "they put out nothing" in text
 
 
 def test_the_file_of_a_refit_lora_says_which_it_is_and_is_no_recipe(tmp_path):
