@@ -85,13 +85,18 @@ def main() -> None:
             records = [one for one in records if _place(one) != _place(record)] + [record]
             if record.metric in ("function distance", "both", "all right"):
                 print(f"{name}: K {record.k} seed {record.seed} {record.method} {record.value:.3f}", flush=True)
-                kept.write_text("".join(json.dumps(asdict(one)) + "\n" for one in records), encoding="utf-8")
+                _keep(records, kept)
+        _keep(records, kept)
     found_rows = rows(records)
     write_json(found_rows, out / "quality.json")
     plot(found_rows, "preservation", "function distance", out / "quality_function.png")
     plot(found_rows, "preservation", "success", out / "quality_success.png")
     minutes = round((time.perf_counter() - start) / 60, 1)
     (out / "quality.md").write_text(page(found_rows, records, describe(torch.device("cpu")), minutes), "utf-8")
+
+
+def _keep(records: list[Record], path: Path) -> None:
+    path.write_text("".join(json.dumps(asdict(one)) + "\n" for one in records), encoding="utf-8")
 
 
 def _place(record: Record) -> tuple[str, str, int, str, int]:

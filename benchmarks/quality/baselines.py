@@ -5,6 +5,7 @@ TIES and DARE are peft's own; the others are written from their papers' equation
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -33,9 +34,9 @@ def ties_merge(deltas: Sequence[Tensor], grams: Sequence[Tensor]) -> Tensor:
 
 
 def dare(deltas: Sequence[Tensor], grams: Sequence[Tensor]) -> Tensor:
-    """DARE (Yu et al. 2024): drop at random, rescale, sum; seeded."""
+    """DARE (Yu et al. 2024): drop at random, rescale, sum; seeded by the changes, so that layers differ."""
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(zlib.crc32(deltas[0].contiguous().numpy().tobytes()))
         return dare_linear(list(deltas), torch.ones(len(deltas)), DENSITY)
 
 

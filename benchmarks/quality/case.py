@@ -116,17 +116,24 @@ class Case:
 
     def passes(self, model: nn.Module, index: int, sampling: Sampling) -> Iterator[None]:
         """Run the calibration passes of one task through a model."""
+        for words, noise in self.starts(index, sampling):
+            yield from _run(model, words, noise, sampling)
+
+    def starts(self, index: int, sampling: Sampling) -> Iterator[tuple[Tensor, Tensor]]:
+        """Words and noise of each calibration pass of one task."""
         prompts = (self.loras[index].prompt,) if sampling.prompts is None else sampling.prompts[index]
         for number, prompt in enumerate(prompts):
-            own = 1000 * index if sampling.noise == "other" else 0
-            yield from self.one_pass(model, prompt, sampling, number + own)
+            yield self.start(prompt, sampling, number + (1000 * index if sampling.noise == "other" else 0))
 
-    def one_pass(self, model: nn.Module, prompt: str, sampling: Sampling, offset: int = 0) -> Iterator[None]:
-        """Sample one prompt."""
+    def start(self, prompt: str, sampling: Sampling, offset: int = 0) -> tuple[Tensor, Tensor]:
+        """Words and noise of one pass."""
         generator = torch.Generator().manual_seed(7000 + 100 * self.seed + offset)
         noise = torch.randn(sampling.images, 3, SIZE, SIZE, generator=generator)
-        for _ in euler(model, encode([prompt] * sampling.images), noise, sampling.steps, sampling.used):
-            yield
+        return encode([prompt] * sampling.images), noise
+
+    def one_pass(self, model: nn.Module, prompt: str, sampling: Sampling) -> Iterator[None]:
+        """Sample one prompt."""
+        return _run(model, *self.start(prompt, sampling), sampling)
 
     def scenes(self, sampling: Sampling) -> tuple[Scene, ...]:
         """Joint and neutral prompts of a calibration."""
@@ -187,6 +194,11 @@ class Case:
         """The same LoRAs under other words."""
         loras = [replace(one, prompt=prompt) for one, prompt in zip(self.loras, prompts, strict=True)]
         return Case(self.base, loras, self.seed)
+
+
+def _run(model: nn.Module, words: Tensor, noise: Tensor, sampling: Sampling) -> Iterator[None]:
+    for _ in euler(model, words, noise, sampling.steps, sampling.used):
+        yield
 
 
 def _grams(model: nn.Module, passes: Iterator[None]) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ def table(rows: Sequence[Row], name: str, metric: str) -> list[str]:
     ks = sorted({row.k for row in chosen})
     methods = list(dict.fromkeys(row.method for row in chosen))
     values = {(row.method, row.k): row for row in chosen}
+    most = max((row.seeds for row in chosen), default=0)
     best = {}
     for k in ks:
         means = [values[m, k].mean for m in methods if (m, k) in values and not m.startswith("single")]
@@ -38,11 +39,17 @@ def table(rows: Sequence[Row], name: str, metric: str) -> list[str]:
         cells = []
         for k in ks:
             row = values.get((method, k))
-            text = "" if row is None else f"{row.mean:.3f} ± {row.std:.3f}"
+            text = "" if row is None else _cell(row, most)
             top = row is not None and round(row.mean, 3) == round(best[k], 3) and not method.startswith("single")
             cells.append(f"**{text}**" if top else text)
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return [*lines, ""]
+
+
+def _cell(row: Row, most: int) -> str:
+    """Mean and deviation; how many runs where other rows have more."""
+    spread = f"{row.mean:.3f} ± {row.std:.3f}" if row.seeds > 1 else f"{row.mean:.3f}"
+    return spread if row.seeds == most else f"{spread} (runs: {row.seeds})"
 
 
 TOP = 1.5
@@ -98,7 +105,9 @@ TABLES = {
     "many subjects": ("function distance", "success", "similarity"),
     "many subjects: generic prompts": ("leak", "success"),
     "ablation: solve": ("function distance", "success"),
-    "ablation: calibration data": ("function distance", "success"),
+    "ablation: solve: generic prompts": ("leak", "success"),
+    "ablation: calibration data": ("function distance", "success", "similarity"),
+    "ablation: calibration data: generic prompts": ("leak", "success"),
     "ablation: neutral prompts": ("function distance", "success"),
     "ablation: neutral prompts: generic prompts": ("leak", "success"),
     "calibration prompts": ("function distance", "success"),

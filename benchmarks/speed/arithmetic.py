@@ -5,7 +5,9 @@ inputs and `o` outputs on N tokens, K LoRAs of rank r, R = K r:
 
     forward        2 N i o
     projection     2 N i R      z = basis x
-    Gram           2 N R^2      G += z^T z (its lower half is not computed above 256 rows; counted all the same)
+    Gram           2 N S        G += z^T z; S = R^2 up to 256 rows, less above, where panels of 256 rows leave
+                                out what lies below their squares
+    held out       2 N/8 S      one token in eight goes into a second Gram
     active LoRA    2 N r o      y += up_k z_k
     attention      4 N^2 d      a block; N^2 / frames where it is windowed
 
@@ -18,6 +20,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .model import LINEARS, Shape
+
+PANEL = 256
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,16 @@ def forward_operations(shape: Shape) -> int:
     return sum(2 * n * i * o for i, o, n in layers(shape)) + attention
 
 
+def gram_entries(rows: int) -> int:
+    """Entries of a symmetric product that are computed: from each panel of 256 rows on to the right."""
+    return sum(min(PANEL, rows - start) * (rows - start) for start in range(0, rows, PANEL))
+
+
 def added_operations(cell: Cell) -> int:
     """Of one calibration pass, beyond a bare one."""
     r, total = cell.rank, cell.rank * cell.count
     # one token in eight is counted in a second Gram: the fourth of each eight
-    grams = sum(2 * (n + (n + 4) // 8) * total**2 for _, _, n in layers(cell.shape))
+    grams = sum(2 * (n + (n + 4) // 8) * gram_entries(total) for _, _, n in layers(cell.shape))
     return grams + sum(2 * n * (i * total + r * o) + 4 * i * r**2 + 2 * o * r**2 for i, o, n in layers(cell.shape))
 
 

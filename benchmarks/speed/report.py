@@ -27,7 +27,7 @@ def page(found: dict[str, Any], stem: str) -> str:
         parts += [LEFT_OUT, Path(__file__).with_name("findings.md").read_text(encoding="utf-8").strip()]
     parts += [CALIBRATION, _calibration(found["calibration_over_forward"]), f"![calibration]({stem}_calibration.png)"]
     parts += ["A video's tokens, attention within frames:", _calibration(found["video"])]
-    parts += [PUBLISHED, _published(found["merge_time_over_published"]), f"![published]({stem}_published.png)"]
+    parts += [PUBLISHED, _published(found), f"![published]({stem}_published.png)"]
     parts += [SAMPLING, _sampling(found["sampling"])]
     parts += [MEMORY, _memory(found["calibration_memory"]), *_video(found["video_memory"])]
     parts += ["Peak of a whole merge above a bare pass:", _whole_memory(found["merge_memory_over_published"])]
@@ -101,7 +101,20 @@ def _sampling(rows: Sequence[Row]) -> str:
     )
 
 
-def _published(rows: Sequence[Row]) -> str:
+def _refined(found: dict[str, Any], row: Row) -> float | None:
+    """Overhead of a refined merge over the published one's, from medians; None where it was not timed."""
+    cell = _cell(row)
+    timed = [one for one in found["sampling"] if _cell(one) == cell]
+    bare = [one["bare_seconds"] for one in found["calibration_over_forward"] if _cell(one) == cell]
+    if not timed:
+        return None
+    seconds = (timed[0]["median"] - 1) * bare[0] + timed[0]["refined_seconds"]
+    return float(seconds / row["published_overhead_seconds"])
+
+
+def _published(found: dict[str, Any]) -> str:
+    rows: Sequence[Row] = found["merge_time_over_published"]
+    refined = [_refined(found, row) for row in rows]
     return _table(
         [
             "d",
@@ -110,6 +123,7 @@ def _published(rows: Sequence[Row]) -> str:
             "r",
             "overhead / published",
             "not judged",
+            "refined",
             "arithmetic alone",
             "overhead, s",
             "published, s",
@@ -121,13 +135,14 @@ def _published(rows: Sequence[Row]) -> str:
                 *_cell(row),
                 _spread(row),
                 f"{row['without_judging']:.3f}",
+                "" if more is None else f"{more:.2f}",
                 f"{row['arithmetic_alone']:.3f}",
                 f"{row['overhead_seconds']:.3g}",
                 f"{row['published_overhead_seconds']:.3g}",
                 f"{row['whole_over_whole']:.3f}",
                 f"{row['router_difference']:.0e}",
             ]
-            for row in rows
+            for row, more in zip(rows, refined, strict=True)
         ],
     )
 
