@@ -1,5 +1,7 @@
 // Words of the panel in the user's language.
 
+const count = (n, one, many = `${one}s`) => `${n} ${n === 1 ? one : many}`;
+
 const EN = {
   loras: "LoRAs", result: "Result", layers: "Layers", advice: "What next",
   idle: "Run the graph to see how the LoRAs are kept apart.",
@@ -20,20 +22,20 @@ const EN = {
   order: "Order", noLayers: "No layer has this name.", notMerged: "Nothing is merged here yet: connect CALIBRATION to SSR Solve.",
   calibratedNext: "Connect CALIBRATION to SSR Solve or SSR Compare, or to SSR Report for a forecast.",
   more: (n) => `${n} more: narrow the search.`,
-  omitted: (n) => `${n} layers with smaller errors were not sent.`, matrixOmitted: "Too many layers to send each one's crosstalk.",
+  omitted: (n) => `Not sent: ${count(n, "layer")} with smaller errors.`, matrixOmitted: "Too many layers to send each one's crosstalk.",
   status: { routed: "routed", merged: "merged", passed_through: "passed through", anchored: "by the anchor" },
   fields: { status: "status", rank: "rank", tokens: "tokens", condition: "condition", nonfinite: "non-finite tokens", part: "part", tasks: "LoRAs", errors: "error",
     held_errors: "held-out error", task_errors: "error by LoRA", held_task_errors: "held-out error by LoRA", held_tokens: "held-out tokens" },
-  nothing: "Nothing: use the merge.", notes: "Notes", files: "Files", keys: (n) => `${n} keys`,
+  nothing: "Nothing: use the merge.", notes: "Notes", files: "Files", keys: (n) => count(n, "key"),
   add: "Add LoRA", close: "Close the list", find: "Search LoRAs", noFile: "No LoRA has this name.",
   enabled: (n) => `${n}: enabled`, strength: (n) => `${n}: strength`,
   up: (n) => `${n}: move up`, down: (n) => `${n}: move down`, remove: (n) => `${n}: remove`, open: (n) => `${n}: show its node`,
   other: (n) => `from ${n}`,
   triggers: "Trigger words", noTriggers: "This file names no trigger words.", choose: "Choose a LoRA to see its trigger words.",
   noAnswer: "The file's trigger words could not be read.",
-  insert: (w) => `Add to the prompt: ${w}`, seen: (n) => `${n} captions`,
-  calibrated: (t) => `${t.layers} layers, ${t.tokens} tokens at most` + (t.unseen ? `, ${t.unseen} never ran` : ""),
-  shared: (n) => `${n} layers are shared by two or more LoRAs.`,
+  insert: (w) => `Add to the prompt: ${w}`, seen: (n) => count(n, "caption"),
+  calibrated: (t) => `${count(t.layers, "layer")}, ${count(t.tokens, "token")} at most` + (t.unseen ? `, ${t.unseen} never ran` : ""),
+  shared: (n) => `${count(n, "layer is", "layers are")} shared by two or more LoRAs.`,
 };
 
 const ZH = {
