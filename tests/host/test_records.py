@@ -173,7 +173,7 @@ def test_the_library_is_listed_and_cleaned(server, base, library):
     beside[0].write_bytes(b"broken")
     assert "Would remove 1 of 2" in look("clean (only say which)") and beside[0].exists()
     assert "Removed 1 of 2" in look("clean") and not beside[0].exists()
-    assert "1 records" in look("list")
+    assert "1 record," in look("list")
     assert not [
         name
         for name in server.schemas(refresh=True)["SSRLoRA"]["input"]["required"]["lora"]

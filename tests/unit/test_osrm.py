@@ -94,7 +94,7 @@ def test_the_report_warns_where_the_others_leave_no_room():
     full, free = sorted(result.reports, key=lambda one: -one.seen)
     assert full.seen == pytest.approx(1) and free.seen < 0.01  # six rows of six inputs avoid nothing
     text = init_markdown(result, 6, ["x"], "tokens")
-    assert "Warning: in 1 layers the others' inputs leave little room for rank 6" in text and "most in full." in text
+    assert "Warning: in 1 layer the others' inputs leave little room for rank 6" in text and "most in full." in text
     assert "little room" not in init_markdown(osrm_init(layers[1:], [moments], 6), 6, ["x"], "tokens")
 
 
