@@ -255,7 +255,7 @@ def without(values, path):
         (
             lambda r: r["model"].update(clip_link=None),
             1,
-            ("a CLIP", "clip_type in model"),
+            ("a CLIP", "clip and clip_type beside unet"),
         ),
         (lambda r: r["model"].update(custom_nodes=["nowhere"]), 1, ("nowhere", "custom_nodes")),
         (lambda r: r["sources"][0].update(promts=["x"]), 2, ("sources[0].promts", "did you mean prompts?")),
