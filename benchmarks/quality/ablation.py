@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
 from ssr_core import ANCHORS, PaperMerge, SampleOptions, SSRMerge
 
-from .baselines import regmean
+from .baselines import dare, knots_ties, regmean, ties_merge
 from .case import Case, Sampling
-from .methods import Method, engine, layerwise, sampling_of
-from .protocols import preservation
-from .records import Record
-from .world.building import World
+from .methods import Method, engine, layerwise
 
 FEW = 64
 """Sampled tokens where anchors are varied."""
 
 
-def variants(sampling: Sampling) -> dict[str, Method]:
+def solve(sampling: Sampling) -> dict[str, Method]:
     """Solve settings, from one calibration."""
     few = replace(sampling, sample=SampleOptions(FEW))
     found: dict[str, Method] = {}
     for tokens in (None, 16, 64, 256):
         sample = None if tokens is None else SampleOptions(tokens)
         found[f"{tokens or 'no'} sampled tokens"] = engine(SSRMerge(), replace(sampling, sample=sample))
+    for tokens in (256, 16):
+        for ridge in (0.001, 0.01, 0.1, 0.3, 1.0):
+            method = engine(SSRMerge(ridge=ridge), replace(sampling, sample=SampleOptions(tokens)))
+            found[f"{tokens} sampled tokens, ridge {ridge:g}"] = method
     for least in (1.0, 0.01):
         found[f"256 sampled tokens, least ridge {least:g}"] = engine(SSRMerge(refine_ridge=least), sampling)
     found["zero anchor, 64 sampled tokens"] = engine(SSRMerge(anchor="zero"), few)
@@ -53,7 +55,7 @@ def data(sampling: Sampling) -> dict[str, Method]:
     found["16 x 64 image tokens a step"] = engine(own, replace(sampling, images=16))
     for tokens in (512, 1024):
         found[f"{tokens} sampled tokens"] = engine(own, replace(sampling, sample=SampleOptions(tokens)))
-    for steps, rounds in ((8, 2), (8, 3), (4, 2), (2, 2)):
+    for steps, rounds in ((8, 2), (4, 2), (4, 3), (2, 2)):
         found[f"{steps} steps, {rounds} rounds"] = engine(own, replace(sampling, steps=steps, rounds=rounds))
     for rounds, tokens in ((2, 256), (2, 128), (4, 256), (4, 64)):
         shared = replace(sampling, steps=4, rounds=rounds, shared=True, sample=SampleOptions(tokens))
@@ -63,7 +65,7 @@ def data(sampling: Sampling) -> dict[str, Method]:
     return found
 
 
-def silent(sampling: Sampling) -> dict[str, Method]:
+def neutral(sampling: Sampling) -> dict[str, Method]:
     """How many neutral prompts, and how much they count."""
     found = {"none": engine(SSRMerge(), sampling)}
     for number, weights in ((1, (0.05, 0.2)), (4, (0.02, 0.05, 0.2, 1.0)), (8, (0.02, 0.05, 0.2))):
@@ -73,25 +75,17 @@ def silent(sampling: Sampling) -> dict[str, Method]:
     return found
 
 
-def neutral_prompts(world: World, seeds: Sequence[int]) -> Iterator[Record]:
-    """Number and weight of neutral prompts."""
-    yield from preservation(
-        world, silent(sampling_of(world)), world.scale.ablation_ks, seeds, table="ablation: neutral prompts"
-    )
-
-
-def ablation(world: World, seeds: Sequence[int]) -> Iterator[Record]:
-    """Solve settings."""
-    yield from preservation(
-        world, variants(sampling_of(world)), world.scale.ablation_ks, seeds, table="ablation: solve"
-    )
-
-
-def steps_and_tokens(world: World, seeds: Sequence[int]) -> Iterator[Record]:
-    """What calibration sees (Appendix G)."""
-    yield from preservation(
-        world, data(sampling_of(world)), world.scale.ablation_ks, seeds, table="ablation: calibration data"
-    )
+def scales(sampling: Sampling) -> dict[str, Method]:
+    """The settings of other methods: how much of their merge is added, and RegMean's off-diagonals."""
+    found: dict[str, Method] = {}
+    for scale in (0.5, 1.0, 1.5, 2.0):
+        found[f"TIES, scale {scale:g}"] = layerwise(partial(ties_merge, scale=scale))
+        found[f"KnOTS+TIES, scale {scale:g}"] = layerwise(partial(knots_ties, scale=scale))
+    for scale in (0.2, 0.35, 0.5, 1.0):
+        found[f"DARE, scale {scale:g}"] = layerwise(partial(dare, scale=scale))
+    for kept in (0.5, 0.9, 0.97, 1.0):
+        found[f"RegMean, off-diagonals by {kept:g}"] = layerwise(partial(regmean, kept=kept), sampling)
+    return found
 
 
 WORDINGS = ("{}; photo", "{}; nice picture of", "{}; drawing of")
@@ -117,9 +111,9 @@ def worded(texts: Sequence[str], sampling: Sampling, method: Callable[[Sampling]
     return run
 
 
-def wording(world: World, seeds: Sequence[int]) -> Iterator[Record]:
+def wording(sampling: Sampling) -> dict[str, Method]:
     """Prompt wording and several prompts (Tables 9 and 10); the deviation over seeds stands in every table."""
-    beside, sampling = "{}, red circle", sampling_of(world)
+    beside = "{}, red circle"
     methods: dict[str, Method] = {}
     for name, method in WORDED.items():
         for text in ("{}", *WORDINGS, beside):
@@ -127,4 +121,4 @@ def wording(world: World, seeds: Sequence[int]) -> Iterator[Record]:
     ours = WORDED[""]
     methods["three wordings"] = worded(WORDINGS, sampling, ours)
     methods["alone and beside another object"] = worded(("{}", beside), sampling, ours)
-    yield from preservation(world, methods, world.scale.ablation_ks, seeds, table="calibration prompts")
+    return methods

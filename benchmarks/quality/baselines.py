@@ -28,32 +28,32 @@ def total(deltas: Sequence[Tensor], grams: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(deltas)).sum(0)
 
 
-def ties_merge(deltas: Sequence[Tensor], grams: Sequence[Tensor]) -> Tensor:
+def ties_merge(deltas: Sequence[Tensor], grams: Sequence[Tensor], scale: float = 1.0) -> Tensor:
     """TIES (Yadav et al. 2023): trim, elect signs, average what agrees."""
-    return ties(list(deltas), torch.ones(len(deltas)), DENSITY)
+    return scale * ties(list(deltas), torch.ones(len(deltas)), DENSITY)
 
 
-def dare(deltas: Sequence[Tensor], grams: Sequence[Tensor]) -> Tensor:
+def dare(deltas: Sequence[Tensor], grams: Sequence[Tensor], scale: float = 1.0) -> Tensor:
     """DARE (Yu et al. 2024): drop at random, rescale, sum; seeded by the changes, so that layers differ."""
     with torch.random.fork_rng():
         torch.manual_seed(zlib.crc32(deltas[0].contiguous().numpy().tobytes()))
-        return dare_linear(list(deltas), torch.ones(len(deltas)), DENSITY)
+        return scale * dare_linear(list(deltas), torch.ones(len(deltas)), DENSITY)
 
 
-def knots_ties(deltas: Sequence[Tensor], grams: Sequence[Tensor]) -> Tensor:
+def knots_ties(deltas: Sequence[Tensor], grams: Sequence[Tensor], scale: float = 1.0) -> Tensor:
     """KnOTS (Stoica et al. 2025): TIES on the right factors in the common left basis of all changes."""
     width = deltas[0].shape[1]
     u, s, vh = torch.linalg.svd(torch.cat(list(deltas), dim=1), full_matrices=False)
     keep = s > 1e-6 * s[0]
     parts = [part.contiguous() for part in (s[keep, None] * vh[keep]).split(width, dim=1)]
-    return u[:, keep] @ ties(parts, torch.ones(len(parts)), DENSITY)
+    return scale * u[:, keep] @ ties(parts, torch.ones(len(parts)), DENSITY)
 
 
-def regmean(deltas: Sequence[Tensor], grams: Sequence[Tensor]) -> Tensor:
-    """RegMean (Jin et al. 2023): least squares over all inputs, off-diagonals of the Grams scaled by 0.9."""
+def regmean(deltas: Sequence[Tensor], grams: Sequence[Tensor], kept: float = 0.9) -> Tensor:
+    """RegMean (Jin et al. 2023): least squares over all inputs, off-diagonals of the Grams scaled by `kept`."""
     scaled = []
     for gram in grams:
-        small = 0.9 * gram.double()
+        small = kept * gram.double()
         small.diagonal().copy_(gram.diagonal())
         scaled.append(small)
     return _solved(deltas, scaled)

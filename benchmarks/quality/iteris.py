@@ -10,6 +10,7 @@ their Frobenius norm. No weights but the LoRAs' changes are merged.
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -36,44 +37,67 @@ def _round(case: Case, sampling: Sampling, change: Sums | None) -> Sums:
     merged = None if change is None else with_deltas(case.base, change)
     left: Sums = {}
     right: Sums = {}
-    for index, (single, deltas) in enumerate(zip(case.singles, case.deltas, strict=True)):
-        cross, own, energy = _moments(case, sampling, index, single, merged)
+    for index, deltas in enumerate(case.deltas):
+        alone = _alone(case, sampling, index)
+        cross, own = _moments(alone, merged)
         for path, delta in deltas.items():
-            weight = single.get_submodule(path).weight
-            trust = weight.double().square().sum() / energy[path].clamp_min(1e-12)
+            weight = case.singles[index].get_submodule(path).weight
+            trust = weight.double().square().sum() / alone.energy[path].clamp_min(1e-12)
             left[path] = left.get(path, 0) + trust * delta.double() @ _regular(cross[path])
             right[path] = right.get(path, 0) + trust * _regular(own[path])
     return {path: torch.linalg.solve(right[path].T, left[path].T).T.float() for path in left}
 
 
-def _moments(
-    case: Case, sampling: Sampling, index: int, single: nn.Module, merged: nn.Module | None
-) -> tuple[Sums, Sums, Sums]:
-    """X^T Y, Y^T Y and |(W0 + dW) X|^2 of every layer, over one LoRA's passes."""
+@dataclass(frozen=True)
+class _Alone:
+    """One LoRA's passes.
+
+    Attributes:
+        calls: What the model was asked at each step: pictures, times, words.
+        inputs: What each layer was fed there, (tokens, in) by module path.
+        energy: |(W0 + dW) X|^2 of each layer over all steps.
+    """
+
+    calls: list[tuple[Tensor, Tensor, Tensor]]
+    inputs: list[dict[str, Tensor]]
+    energy: Sums
+
+
+def _alone(case: Case, sampling: Sampling, index: int) -> _Alone:
+    """The same in every round, so that it runs once."""
+
+    def make() -> _Alone:
+        model, found = case.singles[index], _Alone([], [], {})
+        times = torch.linspace(0, 1, sampling.steps + 1)
+        for words, x in case.starts(index, sampling):
+            for now, then in itertools.pairwise(times):
+                call = (x, now.expand(len(x)), words)
+                with torch.no_grad(), reading(model) as inputs:
+                    x = x + (then - now) * model(*call)
+                found.calls.append(call)
+                found.inputs.append(dict(inputs))
+                for path, rows in inputs.items():
+                    out = (rows @ model.get_submodule(path).weight.T).square().sum().double()
+                    found.energy[path] = found.energy.get(path, 0) + out
+        return found
+
+    return case.once(("alone", index, sampling), make)  # type: ignore[return-value]
+
+
+def _moments(alone: _Alone, merged: nn.Module | None) -> tuple[Sums, Sums]:
+    """X^T Y and Y^T Y of every layer, over one LoRA's passes."""
     cross: Sums = {}
     own: Sums = {}
-    energy: Sums = {}
-    for words, noise in case.starts(index, sampling):
-        x, times = noise, torch.linspace(0, 1, sampling.steps + 1)
-        for now, then in itertools.pairwise(times):
-            at = now.expand(len(x))
-            with torch.no_grad():
-                with reading(single) as alone:
-                    velocity = single(x, at, words)
-                    read = dict(alone)
-                if merged is not None:
-                    with reading(merged) as together:
-                        merged(x, at, words)
-                        met = dict(together)
-                else:
-                    met = read
-            for path, rows in read.items():
-                weight = single.get_submodule(path).weight
-                cross[path] = cross.get(path, 0) + (rows.T @ met[path]).double()
-                own[path] = own.get(path, 0) + (met[path].T @ met[path]).double()
-                energy[path] = energy.get(path, 0) + (rows @ weight.T).square().sum().double()
-            x = x + (then - now) * velocity
-    return cross, own, energy
+    for call, read in zip(alone.calls, alone.inputs, strict=True):
+        met = read
+        if merged is not None:
+            with torch.no_grad(), reading(merged) as together:
+                merged(*call)
+            met = dict(together)
+        for path, rows in read.items():
+            cross[path] = cross.get(path, 0) + (rows.T @ met[path]).double()
+            own[path] = own.get(path, 0) + (met[path].T @ met[path]).double()
+    return cross, own
 
 
 def _regular(moments: Tensor) -> Tensor:

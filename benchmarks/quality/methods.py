@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ssr_core import (
     MergeMethod,
     NPLoRAMerge,
     PaperMerge,
+    SampleOptions,
     SSRMerge,
     SumMerge,
     merge,
@@ -38,12 +40,12 @@ def engine(method: MergeMethod, sampling: Sampling) -> Method:
     return run
 
 
-def layerwise(one: LayerMerge, sampling: Sampling) -> Method:
-    """A method that sees one layer's changes and, maybe, its inputs' second moments."""
+def layerwise(one: LayerMerge, sampling: Sampling | None = None) -> Method:
+    """A method that sees one layer's changes and, given a sampling, its inputs' second moments."""
 
     def run(case: Case) -> dict[str, Tensor]:
         deltas = case.deltas
-        grams = case.input_grams(sampling) if one in (regmean, least_squares) else None
+        grams = None if sampling is None else case.input_grams(sampling)
         return {path: one([d[path] for d in deltas], [g[path] for g in grams] if grams else []) for path in deltas[0]}
 
     return run
@@ -92,10 +94,12 @@ def compared(sampling: Sampling) -> dict[str, Method]:
         "average": engine(AverageMerge(), sampling),
         "sum": engine(SumMerge(), sampling),
         "best scalar gains": engine(GainsMerge(), sampling),
-        "TIES": layerwise(ties_merge, sampling),
-        "DARE": layerwise(dare, sampling),
-        "KnOTS+TIES": layerwise(knots_ties, sampling),
+        "TIES": layerwise(ties_merge),
+        "DARE": layerwise(dare),
+        "DARE, scale 0.5": layerwise(partial(dare, scale=0.5)),
+        "KnOTS+TIES": layerwise(knots_ties),
         "RegMean": layerwise(regmean, sampling),
+        "RegMean, off-diagonals by 0.97": layerwise(partial(regmean, kept=0.97), sampling),
         "IterIS": lambda case: iteris(case, sampling),
         "dense least squares": layerwise(least_squares, sampling),
         "SSR (paper)": engine(PaperMerge(), replace(sampling, used=1)),
@@ -122,17 +126,25 @@ def told(sampling: Sampling) -> dict[str, Method]:
 
 def careful(sampling: Sampling) -> dict[str, Method]:
     """Methods that also see prompts that name no LoRA, or the merged model."""
-    four, eight = replace(sampling, neutral=4), replace(sampling, neutral=8)
+    four, twice = replace(sampling, neutral=4), replace(sampling, rounds=2)
     return {
-        "RegMean, eight neutral prompts": with_neutral(regmean, eight, SSRMerge.neutral_weight),
+        "RegMean, four neutral prompts": with_neutral(regmean, four, SSRMerge.neutral_weight),
         "SSR (ours, four neutral prompts)": engine(SSRMerge(), four),
-        "SSR (ours, eight neutral prompts)": engine(SSRMerge(), eight),
-        "SSR (ours, two rounds)": engine(SSRMerge(), replace(sampling, rounds=2)),
-        "SSR (ours, two rounds, eight neutral prompts)": engine(SSRMerge(), replace(eight, rounds=2)),
+        "SSR (ours, two rounds)": engine(SSRMerge(), twice),
+        "SSR (ours, two rounds, four neutral prompts)": engine(SSRMerge(), replace(four, rounds=2)),
+        "SSR (ours, two rounds of 1024 sampled tokens, ridge 0.1)": engine(
+            SSRMerge(ridge=0.1), replace(twice, sample=SampleOptions(1024))
+        ),
     }
 
 
-def without_slow(methods: dict[str, Method]) -> dict[str, Method]:
+def started(sampling: Sampling) -> dict[str, Method]:
+    """What LoRAs from different starts are merged with."""
+    every = compared(sampling)
+    return {name: every[name] for name in ("sum", "TIES", "SSR (ours)")}
+
+
+def quick(methods: dict[str, Method]) -> dict[str, Method]:
     """For many LoRAs: IterIS' rounds would take longer than everything else."""
     return {name: method for name, method in methods.items() if name != "IterIS"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
@@ -20,6 +21,7 @@ from .world.pool import base_scene
 from .world.scenes import Scene
 
 SINGLE = "single LoRA"
+OWN_DISTANCE = "function distance on each one's own prompt"
 
 
 Models = Iterator[tuple[str, nn.Module | None]]
@@ -97,33 +99,43 @@ def _own(case: Case, index: int) -> Reference:
     return case.once(("own", index), make)  # type: ignore[return-value]
 
 
+def own_distance(case: Case, model: nn.Module) -> float:
+    """Mean function distance to each LoRA alone, on its own prompt."""
+    return fmean(_own(case, index).distance(model) for index in range(len(case.loras)))
+
+
 def _of_base(case: Case, number: int, prompt: str) -> Reference:
     """What the base model does on a generic prompt."""
     make = lambda: reference(case.base, case.base, prompt, number, 2)  # noqa: E731
     return case.once(("base", number), make)  # type: ignore[return-value]
 
 
-def composition(world: World, methods: Mapping[str, Method], seeds: Sequence[int]) -> Iterator[Record]:
-    """Two to four subjects, or a subject in a style, in one picture (Table 3)."""
-    for k in (k for k in (2, 3, 4) if k <= len(world.subjects)):
-        for seed in seeds:
-            chooser = random.Random(300 * k + seed)
-            chosen = chooser.sample(list(world.subjects), k)
-            prompt = caption([one.prompt for one in chosen])
-            case = Case(world.base, chosen, seed, (prompt,))
-            things = [one.subject.thing for one in case.loras if one.subject]
-            for name, model in merged(case, methods):
-                assert model is not None
-                (found,) = pictures(model, [prompt], 2 * world.scale.samples, 41 * seed)
-                right = success(world.judge, found, things).float()
-                yield Record("composition", name, k, "objects right", seed, float(right.mean()))
-                yield Record("composition", name, k, "all right", seed, float((right.amin(0)).mean()))
-                off = fmean(_own(case, index).distance(model) for index in range(k))
-                yield Record("composition", name, k, "function distance on each one's own prompt", seed, off)
+def composition(
+    world: World, methods: Mapping[str, Method], ks: Sequence[int], seeds: Sequence[int]
+) -> Iterator[Record]:
+    """Two to four subjects in one picture (Table 3), in the order of the joint prompt and in the other one."""
+    for k, seed in itertools.product(ks, seeds):
+        chooser = random.Random(300 * k + seed)
+        chosen = chooser.sample(list(world.subjects), k)
+        prompt, turned = caption([one.prompt for one in chosen]), caption([one.prompt for one in reversed(chosen)])
+        case = Case(world.base, chosen, seed, (prompt,))
+        things = [one.subject.thing for one in chosen if one.subject]
+        for name, model in merged(case, methods):
+            assert model is not None
+            found, other = pictures(model, [prompt, turned], 2 * world.scale.samples, 41 * seed)
+            right = success(world.judge, found, things).float()
+            right_other = success(world.judge, other, things[::-1]).float()
+            yield Record("composition", name, k, "objects right", seed, float(right.mean()))
+            yield Record("composition", name, k, "all right", seed, float((right.amin(0)).mean()))
+            yield Record("composition", name, k, "objects right, other order", seed, float(right_other.mean()))
+            yield Record("composition", name, k, OWN_DISTANCE, seed, own_distance(case, model))
 
 
-def baseline(world: World) -> Iterator[Record]:
-    """What the comparison rests on: the base follows prompts, and each LoRA shows its subject or style."""
+def baseline(world: World, methods: Mapping[str, Method], ks: Sequence[int], seeds: Sequence[int]) -> Iterator[Record]:
+    """What the comparison rests on: the base follows prompts, and each LoRA shows its subject or style.
+
+    It compares nothing, so that it takes no notice of methods, numbers of LoRAs and seeds.
+    """
     for number in range(1, 5):
         scenes = generic_scenes(0, 2 * world.scale.generic, (number,))
         found = pictures(world.base, [scene_caption(scene) for scene in scenes], 4, 900)

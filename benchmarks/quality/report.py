@@ -9,12 +9,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from ssr_core.words import number_of
+
 from ..speed.machine import sentence
+from .protocols import OWN_DISTANCE
 from .records import Record, Row, paired
 
-OWN = "function distance on each one's own prompt"
-
-LOWER = frozenset({"function distance", "leak", OWN})
+LOWER = frozenset({"function distance", "leak", OWN_DISTANCE})
 """Metrics where less is better."""
 
 
@@ -98,12 +99,14 @@ TABLES = {
     "single LoRAs": ("success",),
     "preservation": ("function distance", "success", "similarity"),
     "preservation: generic prompts": ("leak", "success"),
-    "composition": ("objects right", "all right", OWN),
-    "subject and style": ("both", "content", "style"),
-    "two subjects and a style": ("both", "content", "style"),
+    "composition": ("objects right", "all right", "objects right, other order", OWN_DISTANCE),
+    "subject and style": ("both", "content", "style", OWN_DISTANCE),
+    "two subjects and a style": ("both", "content", "style", OWN_DISTANCE),
     "OSRM start": ("function distance", "success"),
     "many subjects": ("function distance", "success", "similarity"),
     "many subjects: generic prompts": ("leak", "success"),
+    "ablation: other methods' settings": ("function distance", "success"),
+    "ablation: other methods' settings: generic prompts": ("leak", "success"),
     "ablation: solve": ("function distance", "success"),
     "ablation: solve: generic prompts": ("leak", "success"),
     "ablation: calibration data": ("function distance", "success", "similarity"),
@@ -115,7 +118,7 @@ TABLES = {
 }
 
 
-def page(rows: Sequence[Row], records: Sequence[Record], machine: dict[str, Any], minutes: float) -> str:
+def page(rows: Sequence[Row], records: Sequence[Record], machine: dict[str, Any], jobs: int) -> str:
     """The whole page."""
     lines = ["# Quality: a world of drawings", ""]
     for part in ("world.md", "findings.md"):
@@ -130,7 +133,8 @@ def page(rows: Sequence[Row], records: Sequence[Record], machine: dict[str, Any]
         for metric in metrics:
             lines += table(rows, name, metric)
     lines += _versus(records)
-    lines += [f"`make bench-quality` wrote this page; {sentence(machine)}", ""]
+    place = sentence(machine | {"threads": 1})
+    lines += [f"`make bench-quality` wrote this page, {number_of(jobs, 'process', 'processes')} at a time; {place}", ""]
     return "\n".join(lines)
 
 

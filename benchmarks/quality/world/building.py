@@ -36,9 +36,11 @@ class Scale:
         images: Pictures in a calibration pass.
         calibration_steps: Steps of a calibration pass.
         ks: Numbers of LoRAs in the main table.
+        together: Numbers of subjects in one picture.
         many: Numbers of LoRAs in the table of many.
         ablation_ks: Numbers of LoRAs in the ablations.
         seeds: Runs with LoRAs, calibration noise and sampling noise of their own.
+        first_seed: Of the comparisons; ablations, by which settings are chosen, begin at 0.
     """
 
     base_runs: Runs = BASE_RUNS
@@ -52,11 +54,13 @@ class Scale:
     samples: int = 6
     generic: int = 6
     images: int = 8
-    calibration_steps: int = 8
+    calibration_steps: int = 4
     ks: tuple[int, ...] = (3, 5, 7, 9)
+    together: tuple[int, ...] = (2, 3, 4)
     many: tuple[int, ...] = (12, 21)
     ablation_ks: tuple[int, ...] = (5,)
     seeds: int = 5
+    first_seed: int = 10
 
 
 FULL = Scale()
@@ -74,6 +78,7 @@ TOY = Scale(
     images=1,
     calibration_steps=2,
     ks=(2,),
+    together=(2,),
     many=(3,),
     ablation_ks=(2,),
     seeds=1,
@@ -106,14 +111,28 @@ def _train_one(who: Subject | Style, cache: Path, scale: Scale) -> None:
     lora(base_model(cache, scale.base_runs, scale.depth, scale.width), who, cache, scale.lora_steps)
 
 
-def build(cache: Path = CACHE, scale: Scale = FULL) -> World:
-    """Train what the cache lacks: the base model on all cores, then LoRAs in one process a core."""
-    base, looks = base_model(cache, scale.base_runs, scale.depth, scale.width), judge(cache, scale.judge_steps)
+def _train_started(who: Subject, cache: Path, scale: Scale) -> None:
+    torch.set_num_threads(1)
+    base = base_model(cache, scale.base_runs, scale.depth, scale.width)
+    osrm_lora(base, who, subjects()[: scale.osrm], cache, scale.lora_steps)
+
+
+def build(cache: Path, scale: Scale, processes: int) -> None:
+    """Train what the cache lacks: the base model on all cores, then the judge, then LoRAs in several processes."""
+    base_model(cache, scale.base_runs, scale.depth, scale.width)
+    judge(cache, scale.judge_steps)
     everybody = [*subjects()[: scale.subjects], *styles()[: scale.styles]]
-    with ProcessPoolExecutor(torch.get_num_threads(), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         jobs = [pool.submit(_train_one, who, cache, scale) for who in everybody]
+        jobs += [pool.submit(_train_started, who, cache, scale) for who in subjects()[: scale.osrm]]
         for job in jobs:
             job.result()
+
+
+def load(cache: Path = CACHE, scale: Scale = FULL) -> World:
+    """What was built."""
+    base, looks = base_model(cache, scale.base_runs, scale.depth, scale.width), judge(cache, scale.judge_steps)
+    everybody = [*subjects()[: scale.subjects], *styles()[: scale.styles]]
     trained = [lora(base, who, cache, scale.lora_steps) for who in everybody]
     group = subjects()[: scale.osrm]
     started = [osrm_lora(base, who, group, cache, scale.lora_steps) for who in group]
