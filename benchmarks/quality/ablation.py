@@ -116,7 +116,7 @@ def wording(sampling: Sampling) -> dict[str, Method]:
     beside = "{}, red circle"
     methods: dict[str, Method] = {}
     for name, method in WORDED.items():
-        for text in ("{}", *WORDINGS, beside):
+        for text in ("{}", *(WORDINGS[1:2] if name else WORDINGS), beside):
             methods[text.format("[V] noun") + name] = worded((text,), sampling, method)
     ours = WORDED[""]
     methods["three wordings"] = worded(WORDINGS, sampling, ours)

@@ -34,7 +34,7 @@ def engine(method: MergeMethod, sampling: Sampling) -> Method:
 
     def run(case: Case) -> dict[str, Tensor]:
         calibration = case.calibration(sampling) if method.needs_calibration else None
-        layers = merge(case.tasks, method, calibration, dtype=torch.float32).layers
+        layers = merge(case.tasks, method, calibration, dtype=torch.float32, judge=False).layers
         return {target.module_path: layer.delta(torch.float32) for target, layer in layers.items()}
 
     return run

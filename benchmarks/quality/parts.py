@@ -61,7 +61,7 @@ PARTS: dict[str, Part] = {
         partial(styled, table="two subjects and a style"),
         lambda s: compared(s) | told(s) | protecting_several(s),
         lambda _: (3,),
-        _tested,
+        lambda scale: _tested(scale)[:3],
     ),
     "starts": Part(starts, started, lambda scale: (scale.osrm,), lambda scale: _tested(scale)[:3]),
     "scales": _ablation("ablation: other methods' settings", scales),
@@ -107,10 +107,10 @@ class Job:
 
 
 def jobs(scale: Scale, parts: Sequence[str]) -> list[Job]:
-    """All jobs of some parts, those with many LoRAs first, for they take long."""
+    """All jobs of some parts; of each seed, those with many LoRAs first, for they take long."""
     return [
         Job(name, k, seed)
         for name in parts
-        for k in sorted(PARTS[name].ks(scale), reverse=True)
         for seed in PARTS[name].seeds(scale)
+        for k in sorted(PARTS[name].ks(scale), reverse=True)
     ]
