@@ -14,7 +14,7 @@ the least leave-one-out error, which has a closed form (Allen's PRESS); if none 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,17 +102,24 @@ def refine(
     if not bool((mean > 0) & (energy > 0)):
         return None
     fit = _by_tokens if len(x) <= x.shape[1] else _by_inputs
-    down, ridge, best = torch.zeros_like(basis), float("inf"), _energy(rest, up_gram)
+    chosen, ridge, best = None, float("inf"), _energy(rest, up_gram)
     uncorrected, product = best, symmetric_product(x.T, x.T) if fit is _by_tokens else symmetric_product(x, x)
     for share in ridges(least):
         found = fit(x, product, share * mean, rest)
         if found is None:  # lost in rounding
             continue
-        loss = _energy(found[1], up_gram)
+        loss = _energy(found.errors, up_gram)
         if bool(loss < best):
-            down, ridge, best = found[0], share, loss
-    grams = sampled_grams(samples[: len(ranks)], torch.cat([basis, down]))
+            chosen, ridge, best = found.down, share, loss
+    down = torch.zeros_like(basis) if chosen is None else chosen()
+    grams = _both_grams(x, signals, down, tokens[: len(ranks)])
     return Refinement(down, ridge, _root(best / energy), _root(uncorrected / energy), grams)
+
+
+def _both_grams(x: Tensor, signals: Tensor, down: Tensor, tasks: Sequence[slice]) -> Tensor:
+    """(K, 2 R, 2 R): mean second moments of `V x`, which is known, and `C x` on each task's tokens, which weigh 1."""
+    both = torch.cat([signals, x @ down.T], dim=1)
+    return torch.stack([both[tokens].T @ both[tokens] for tokens in tasks])
 
 
 def sampled_grams(samples: Sequence[InputSample], rows: Tensor) -> Tensor:
@@ -144,31 +151,44 @@ def weighted_tokens(
     return torch.cat(parts), [len(part) for part in parts]
 
 
-def _inverse(product: Tensor, mu: Tensor) -> Tensor | None:
-    """`(P + mu I)^-1`; None if P is lost in rounding."""
+@dataclass(frozen=True)
+class _Fit:
+    """A correction for one ridge.
+
+    Attributes:
+        errors: (N, R): what the fit to all other tokens leaves of each (PRESS).
+        down: Computes C, which only the chosen ridge needs.
+    """
+
+    errors: Tensor
+    down: Callable[[], Tensor]
+
+
+def _half_inverse(product: Tensor, mu: Tensor) -> Tensor | None:
+    """H with `H^T H = (P + mu I)^-1`; None if P is lost in rounding."""
     eye = torch.eye(len(product), dtype=product.dtype, device=product.device)
     factor, info = torch.linalg.cholesky_ex(product + mu * eye)
-    return torch.cholesky_inverse(factor) if int(info) == 0 else None
+    return torch.linalg.solve_triangular(factor, eye, upper=False) if int(info) == 0 else None
 
 
-def _by_tokens(x: Tensor, kernel: Tensor, mu: Tensor, rest: Tensor) -> tuple[Tensor, Tensor] | None:
-    """C and the error on each token of the fit to all others (PRESS), from `X X^T` (N, N)."""
-    inverse = _inverse(kernel, mu)
-    if inverse is None:
+def _by_tokens(x: Tensor, kernel: Tensor, mu: Tensor, rest: Tensor) -> _Fit | None:
+    """The fit from `X X^T` (N, N)."""
+    half = _half_inverse(kernel, mu)
+    if half is None:
         return None
-    weights = inverse @ rest
-    return weights.T @ x, weights / inverse.diagonal()[:, None]
+    weights = half.T @ (half @ rest)
+    return _Fit(weights / half.square().sum(dim=0)[:, None], lambda: weights.T @ x)
 
 
-def _by_inputs(x: Tensor, moment: Tensor, mu: Tensor, rest: Tensor) -> tuple[Tensor, Tensor] | None:
+def _by_inputs(x: Tensor, moment: Tensor, mu: Tensor, rest: Tensor) -> _Fit | None:
     """The same from `X^T X` (in, in): the error of token i is its residual over one minus its leverage."""
-    inverse = _inverse(moment, mu)
-    if inverse is None:
+    half = _half_inverse(moment, mu)
+    if half is None:
         return None
-    solved = x @ inverse
-    down = rest.T @ solved
-    kept = 1 - (solved * x).sum(dim=1)
-    return down, (rest - x @ down.T) / kept[:, None]
+    whitened = x @ half.T
+    small = rest.T @ whitened
+    kept = 1 - whitened.square().sum(dim=1)
+    return _Fit((rest - whitened @ small.T) / kept[:, None], lambda: small @ half)
 
 
 def _root(share: Tensor) -> float:
