@@ -97,7 +97,7 @@ bench-records: $(STAMP)
 
 bench-smoke: $(STAMP)
 	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && $(PY) -m benchmarks.speed --toy --out "$$out" > /dev/null && \
-	    $(PY) -m benchmarks.quality --toy --jobs 1 --out "$$out" > /dev/null && \
+	    $(PY) -m benchmarks.quality --toy --processes 1 --out "$$out" > /dev/null && \
 	    $(PY) -m benchmarks.records --toy --out "$$out" --cache "$$out" > /dev/null && echo "All three benchmarks ran."
 
 clean:

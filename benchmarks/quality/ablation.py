@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssr_core import ANCHORS, PaperMerge, SampleOptions, SSRMerge
 
-from .baselines import dare, knots_ties, regmean, ties_merge
+from .baselines import dare, firm_regmean, knots_ties, regmean, ties_merge
 from .case import Case, Sampling
 from .methods import Method, engine, layerwise
 
@@ -19,14 +19,14 @@ FEW = 64
 
 
 def solve(sampling: Sampling) -> dict[str, Method]:
-    """Solve settings, from one calibration."""
+    """Solve settings."""
     few = replace(sampling, sample=SampleOptions(FEW))
     found: dict[str, Method] = {}
     for tokens in (None, 16, 64, 256):
         sample = None if tokens is None else SampleOptions(tokens)
         found[f"{tokens or 'no'} sampled tokens"] = engine(SSRMerge(), replace(sampling, sample=sample))
     for tokens in (256, 16):
-        for ridge in (0.001, 0.01, 0.1, 0.3, 1.0):
+        for ridge in (0.001, 0.1, 0.3, 1.0):
             method = engine(SSRMerge(ridge=ridge), replace(sampling, sample=SampleOptions(tokens)))
             found[f"{tokens} sampled tokens, ridge {ridge:g}"] = method
     for least in (1.0, 0.01):
@@ -78,12 +78,16 @@ def neutral(sampling: Sampling) -> dict[str, Method]:
 def scales(sampling: Sampling) -> dict[str, Method]:
     """The settings of other methods: how much of their merge is added, and RegMean's off-diagonals."""
     found: dict[str, Method] = {}
+    for scale in (1.0, 1.5):
+        found[f"TIES, density 0.2, scale {scale:g}"] = layerwise(partial(ties_merge, scale=scale, density=0.2))
+    for scale in (0.2, 0.5):
+        found[f"DARE, density 0.2, scale {scale:g}"] = layerwise(partial(dare, scale=scale, density=0.2))
     for scale in (0.5, 1.0, 1.5, 2.0):
         found[f"TIES, scale {scale:g}"] = layerwise(partial(ties_merge, scale=scale))
         found[f"KnOTS+TIES, scale {scale:g}"] = layerwise(partial(knots_ties, scale=scale))
     for scale in (0.2, 0.35, 0.5, 1.0):
         found[f"DARE, scale {scale:g}"] = layerwise(partial(dare, scale=scale))
-    for kept in (0.5, 0.9, 0.97, 1.0):
+    for kept in (0.5, 0.9, 0.97, 0.99):
         found[f"RegMean, off-diagonals by {kept:g}"] = layerwise(partial(regmean, kept=kept), sampling)
     return found
 
@@ -96,7 +100,7 @@ WORDED: dict[str, Callable[[Sampling], Method]] = {
     " (four neutral prompts)": lambda sampling: engine(SSRMerge(), replace(sampling, neutral=4)),
     " (least ridge 0.01)": lambda sampling: engine(SSRMerge(refine_ridge=0.01), sampling),
     " (without refinement)": lambda sampling: engine(SSRMerge(refine=False), sampling),
-    " (RegMean)": lambda sampling: layerwise(regmean, sampling),
+    " (RegMean, off-diagonals by 0.97)": lambda sampling: layerwise(firm_regmean, sampling),
 }
 """What is calibrated on other words, by what its rows are called."""
 
@@ -113,10 +117,10 @@ def worded(texts: Sequence[str], sampling: Sampling, method: Callable[[Sampling]
 
 def wording(sampling: Sampling) -> dict[str, Method]:
     """Prompt wording and several prompts (Tables 9 and 10); the deviation over seeds stands in every table."""
-    beside = "{}, red circle"
+    beside, other = "{}, red circle", "{}; nice picture of"
     methods: dict[str, Method] = {}
     for name, method in WORDED.items():
-        for text in ("{}", *(WORDINGS[1:2] if name else WORDINGS), beside):
+        for text in ("{}", *((other,) if name else WORDINGS), beside):
             methods[text.format("[V] noun") + name] = worded((text,), sampling, method)
     ours = WORDED[""]
     methods["three wordings"] = worded(WORDINGS, sampling, ours)

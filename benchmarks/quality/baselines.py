@@ -16,28 +16,21 @@ LayerMerge = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 """(K changes (out, in), K input Grams (in, in) of each LoRA alone on its prompt) -> one change."""
 
 DENSITY = 0.5
+"""Share of the changes that TIES and DARE keep, unless said otherwise."""
 
 
-def average(deltas: Sequence[Tensor], grams: Sequence[Tensor]) -> Tensor:
-    """Linear average."""
-    return torch.stack(list(deltas)).mean(0)
-
-
-def total(deltas: Sequence[Tensor], grams: Sequence[Tensor]) -> Tensor:
-    """Task arithmetic with weight 1: what chained loaders do."""
-    return torch.stack(list(deltas)).sum(0)
-
-
-def ties_merge(deltas: Sequence[Tensor], grams: Sequence[Tensor], scale: float = 1.0) -> Tensor:
+def ties_merge(
+    deltas: Sequence[Tensor], grams: Sequence[Tensor], scale: float = 1.0, density: float = DENSITY
+) -> Tensor:
     """TIES (Yadav et al. 2023): trim, elect signs, average what agrees."""
-    return scale * ties(list(deltas), torch.ones(len(deltas)), DENSITY)
+    return scale * ties(list(deltas), torch.ones(len(deltas)), density)
 
 
-def dare(deltas: Sequence[Tensor], grams: Sequence[Tensor], scale: float = 1.0) -> Tensor:
+def dare(deltas: Sequence[Tensor], grams: Sequence[Tensor], scale: float = 1.0, density: float = DENSITY) -> Tensor:
     """DARE (Yu et al. 2024): drop at random, rescale, sum; seeded by the changes, so that layers differ."""
     with torch.random.fork_rng():
         torch.manual_seed(zlib.crc32(deltas[0].contiguous().numpy().tobytes()))
-        return scale * dare_linear(list(deltas), torch.ones(len(deltas)), DENSITY)
+        return scale * dare_linear(list(deltas), torch.ones(len(deltas)), density)
 
 
 def knots_ties(deltas: Sequence[Tensor], grams: Sequence[Tensor], scale: float = 1.0) -> Tensor:
@@ -57,6 +50,11 @@ def regmean(deltas: Sequence[Tensor], grams: Sequence[Tensor], kept: float = 0.9
         small.diagonal().copy_(gram.diagonal())
         scaled.append(small)
     return _solved(deltas, scaled)
+
+
+def firm_regmean(deltas: Sequence[Tensor], grams: Sequence[Tensor]) -> Tensor:
+    """RegMean with less shrinkage: nearer to each LoRA here, at the price of more leak."""
+    return regmean(deltas, grams, 0.97)
 
 
 def least_squares(deltas: Sequence[Tensor], grams: Sequence[Tensor]) -> Tensor:

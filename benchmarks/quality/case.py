@@ -17,7 +17,6 @@ from ssr_core import (
     Scene,
     SSRMerge,
     Tap,
-    Target,
     Task,
     build_stacks,
     calibrate,
@@ -53,7 +52,7 @@ class Sampling:
         shared: The rounds share one run instead: each goes on for its part of the steps where the last one stopped.
     """
 
-    steps: int = 8
+    steps: int = 4
     used: int | None = None
     images: int = IMAGES
     prompts: tuple[tuple[str, ...], ...] | None = None
@@ -177,7 +176,8 @@ class Case:
         def make() -> list[dict[str, Tensor]]:
             return [_grams(model, self.passes(model, index, sampling)) for index, model in enumerate(self.singles)]
 
-        return self.once(("grams", sampling), make)  # type: ignore[return-value]
+        own = replace(sampling, sample=None, joint=False, neutral=0, rounds=1, shared=False)
+        return self.once(("grams", own), make)  # type: ignore[return-value]
 
     def joint_grams(self, sampling: Sampling) -> list[dict[str, Tensor]]:
         """The same for each joint prompt, all LoRAs together."""
@@ -189,11 +189,6 @@ class Case:
         """The same for each neutral prompt, no LoRA at all."""
         prompts = [scene.prompt for scene in self.scenes(sampling) if not scene.tasks]
         return [_grams(self.base, self.one_pass(self.base, prompt, sampling)) for prompt in prompts]
-
-    def with_prompts(self, prompts: Sequence[str]) -> Case:
-        """The same LoRAs under other words."""
-        loras = [replace(one, prompt=prompt) for one, prompt in zip(self.loras, prompts, strict=True)]
-        return Case(self.base, loras, self.seed)
 
 
 def _run(model: nn.Module, words: Tensor, noise: Tensor, sampling: Sampling) -> Iterator[None]:
@@ -211,8 +206,3 @@ def _grams(model: nn.Module, passes: Iterator[None]) -> dict[str, Tensor]:
                 sums[path] = sums.get(path, 0) + (x.T @ x).double()
                 counts[path] = counts.get(path, 0) + len(x)
     return {path: total / counts[path] for path, total in sums.items()}
-
-
-def path_of(target: Target) -> str:
-    """Every target of this world is a whole module."""
-    return target.module_path

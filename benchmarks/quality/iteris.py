@@ -10,6 +10,7 @@ their Frobenius norm. No weights but the LoRAs' changes are merged.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,22 +27,22 @@ Sums = dict[str, Tensor]
 
 def iteris(case: Case, sampling: Sampling, rounds: int = ROUNDS) -> Sums:
     """Merged changes by module path."""
+    passes = [_alone(case, sampling, index) for index in range(len(case.loras))]
     change: Sums | None = None
     for _ in range(rounds):
-        change = _round(case, sampling, change)
+        change = _round(case, passes, change)
     assert change is not None
     return change
 
 
-def _round(case: Case, sampling: Sampling, change: Sums | None) -> Sums:
+def _round(case: Case, passes: Sequence[_Alone], change: Sums | None) -> Sums:
     merged = None if change is None else with_deltas(case.base, change)
     left: Sums = {}
     right: Sums = {}
-    for index, deltas in enumerate(case.deltas):
-        alone = _alone(case, sampling, index)
+    for single, deltas, alone in zip(case.singles, case.deltas, passes, strict=True):
         cross, own = _moments(alone, merged)
         for path, delta in deltas.items():
-            weight = case.singles[index].get_submodule(path).weight
+            weight = single.get_submodule(path).weight
             trust = weight.double().square().sum() / alone.energy[path].clamp_min(1e-12)
             left[path] = left.get(path, 0) + trust * delta.double() @ _regular(cross[path])
             right[path] = right.get(path, 0) + trust * _regular(own[path])
@@ -65,23 +66,20 @@ class _Alone:
 
 def _alone(case: Case, sampling: Sampling, index: int) -> _Alone:
     """The same in every round, so that it runs once."""
-
-    def make() -> _Alone:
-        model, found = case.singles[index], _Alone([], [], {})
-        times = torch.linspace(0, 1, sampling.steps + 1)
-        for words, x in case.starts(index, sampling):
-            for now, then in itertools.pairwise(times):
-                call = (x, now.expand(len(x)), words)
-                with torch.no_grad(), reading(model) as inputs:
-                    x = x + (then - now) * model(*call)
-                found.calls.append(call)
-                found.inputs.append(dict(inputs))
-                for path, rows in inputs.items():
-                    out = (rows @ model.get_submodule(path).weight.T).square().sum().double()
-                    found.energy[path] = found.energy.get(path, 0) + out
-        return found
-
-    return case.once(("alone", index, sampling), make)  # type: ignore[return-value]
+    model, times = case.singles[index], torch.linspace(0, 1, sampling.steps + 1)
+    calls: list[tuple[Tensor, Tensor, Tensor]] = []
+    read: list[dict[str, Tensor]] = []
+    energy: Sums = {}
+    for words, x in case.starts(index, sampling):
+        for now, then in itertools.pairwise(times):
+            calls.append((x, now.expand(len(x)), words))
+            with torch.no_grad(), reading(model) as inputs:
+                x = x + (then - now) * model(*calls[-1])
+            read.append(dict(inputs))
+            for path, rows in inputs.items():
+                out = (rows @ model.get_submodule(path).weight.T).square().sum().double()
+                energy[path] = energy.get(path, 0) + out
+    return _Alone(calls, read, energy)
 
 
 def _moments(alone: _Alone, merged: nn.Module | None) -> tuple[Sums, Sums]:

@@ -20,11 +20,12 @@ from ssr_core import (
     SumMerge,
     merge,
 )
+from ssr_core.scenes import JOINT_WEIGHT, NEUTRAL_WEIGHT
 
-from .baselines import LayerMerge, dare, knots_ties, least_squares, regmean, ties_merge
+from .baselines import LayerMerge, dare, firm_regmean, knots_ties, least_squares, regmean, ties_merge
 from .case import Case, Sampling
 from .iteris import iteris
-from .world.building import World
+from .world.building import Scale
 
 Method = Callable[[Case], dict[str, Tensor]]
 
@@ -51,23 +52,24 @@ def layerwise(one: LayerMerge, sampling: Sampling | None = None) -> Method:
     return run
 
 
-def with_joint(one: LayerMerge, sampling: Sampling) -> Method:
-    """The same with the joint prompts' inputs, on which the sum of all changes is wanted."""
+def with_joint(one: LayerMerge, sampling: Sampling, weight: float = JOINT_WEIGHT) -> Method:
+    """The same with the joint prompts' inputs, on which the sum of all changes is wanted; they count as in SSR."""
 
     def run(case: Case) -> dict[str, Tensor]:
         deltas, grams, more = case.deltas, case.input_grams(sampling), case.joint_grams(sampling)
+        share = weight * len(deltas)
 
         def merged(path: str) -> Tensor:
             own = [d[path] for d in deltas]
             total = torch.stack(own).sum(0)
-            return one([*own, *(total for _ in more)], [*(g[path] for g in grams), *(g[path] for g in more)])
+            return one([*own, *(total for _ in more)], [*(g[path] for g in grams), *(share * g[path] for g in more)])
 
         return {path: merged(path) for path in deltas[0]}
 
     return run
 
 
-def with_neutral(one: LayerMerge, sampling: Sampling, weight: float) -> Method:
+def with_neutral(one: LayerMerge, sampling: Sampling, weight: float = NEUTRAL_WEIGHT) -> Method:
     """The same with neutral prompts' inputs, on which no change is wanted, counting together as much as in SSR."""
 
     def run(case: Case) -> dict[str, Tensor]:
@@ -83,9 +85,9 @@ def with_neutral(one: LayerMerge, sampling: Sampling, weight: float) -> Method:
     return run
 
 
-def sampling_of(world: World) -> Sampling:
+def sampling_of(scale: Scale) -> Sampling:
     """What all methods that need data get to see: whole sampling runs."""
-    return Sampling(steps=world.scale.calibration_steps, images=world.scale.images)
+    return Sampling(steps=scale.calibration_steps, images=scale.images)
 
 
 def compared(sampling: Sampling) -> dict[str, Method]:
@@ -99,7 +101,7 @@ def compared(sampling: Sampling) -> dict[str, Method]:
         "DARE, scale 0.5": layerwise(partial(dare, scale=0.5)),
         "KnOTS+TIES": layerwise(knots_ties),
         "RegMean": layerwise(regmean, sampling),
-        "RegMean, off-diagonals by 0.97": layerwise(partial(regmean, kept=0.97), sampling),
+        "RegMean, off-diagonals by 0.97": layerwise(firm_regmean, sampling),
         "IterIS": lambda case: iteris(case, sampling),
         "dense least squares": layerwise(least_squares, sampling),
         "SSR (paper)": engine(PaperMerge(), replace(sampling, used=1)),
@@ -113,7 +115,9 @@ def told(sampling: Sampling) -> dict[str, Method]:
     """Methods that also see the prompt that shows all of the LoRAs."""
     joint = replace(sampling, joint=True)
     return {
-        "RegMean, joint prompt": with_joint(regmean, sampling),
+        "RegMean, off-diagonals by 0.97, joint prompt": with_joint(firm_regmean, sampling),
+        "RegMean, off-diagonals by 0.97, joint prompt of weight 4": with_joint(firm_regmean, sampling, 4),
+        "RegMean, off-diagonals by 0.97, joint prompt of weight 16": with_joint(firm_regmean, sampling, 16),
         "SSR (ours, joint prompt, without refinement)": engine(SSRMerge(refine=False), joint),
         "SSR (ours, joint prompt)": engine(SSRMerge(), joint),
         "SSR (ours, joint prompt of weight 4)": engine(SSRMerge(joint_weight=4), joint),
@@ -128,11 +132,12 @@ def careful(sampling: Sampling) -> dict[str, Method]:
     """Methods that also see prompts that name no LoRA, or the merged model."""
     four, twice = replace(sampling, neutral=4), replace(sampling, rounds=2)
     return {
-        "RegMean, four neutral prompts": with_neutral(regmean, four, SSRMerge.neutral_weight),
+        "RegMean, four neutral prompts": with_neutral(regmean, four),
+        "RegMean, off-diagonals by 0.97, four neutral prompts": with_neutral(firm_regmean, four),
         "SSR (ours, four neutral prompts)": engine(SSRMerge(), four),
         "SSR (ours, two rounds)": engine(SSRMerge(), twice),
         "SSR (ours, two rounds, four neutral prompts)": engine(SSRMerge(), replace(four, rounds=2)),
-        "SSR (ours, two rounds of 1024 sampled tokens, ridge 0.1)": engine(
+        "SSR (ours, two rounds, up to 1024 sampled tokens, ridge 0.1)": engine(
             SSRMerge(ridge=0.1), replace(twice, sample=SampleOptions(1024))
         ),
     }

@@ -87,30 +87,46 @@ class Job:
         part: A name in `PARTS`.
         k: Number of LoRAs.
         seed: The run's seed.
+        methods: Names of what is compared.
     """
 
     part: str
     k: int
     seed: int
+    methods: tuple[str, ...]
 
     @property
     def name(self) -> str:
         """`preservation-5-11`."""
         return f"{self.part}-{self.k}-{self.seed}"
 
-    def records(self, world: World, only: Sequence[str] = ()) -> list[Record]:
-        """Measure; `only` these methods if there are any."""
+    def records(self, world: World) -> list[Record]:
+        """Measure."""
         part = PARTS[self.part]
-        methods = part.methods(sampling_of(world))
-        chosen = {name: one for name, one in methods.items() if not only or name in only}
-        return list(part.measure(world, chosen, (self.k,), (self.seed,)))
+        methods = part.methods(sampling_of(world.scale))
+        return list(part.measure(world, {name: methods[name] for name in self.methods}, (self.k,), (self.seed,)))
 
 
-def jobs(scale: Scale, parts: Sequence[str]) -> list[Job]:
-    """All jobs of some parts; of each seed, those with many LoRAs first, for they take long."""
-    return [
-        Job(name, k, seed)
-        for name in parts
-        for seed in PARTS[name].seeds(scale)
-        for k in sorted(PARTS[name].ks(scale), reverse=True)
-    ]
+def jobs_of(scale: Scale, parts: Sequence[str], only: Sequence[str] = ()) -> list[Job]:
+    """All jobs of some parts; of each seed, those with many LoRAs first, for they take long.
+
+    Args:
+        scale: How much is measured.
+        parts: Names in `PARTS`.
+        only: Compare these methods only; parts that have none of them have no jobs.
+    """
+    found = []
+    for name in parts:
+        part = PARTS[name]
+        names = tuple(part.methods(sampling_of(scale)))
+        methods = tuple(one for one in names if not only or one in only)
+        if only and not methods:
+            continue
+        ks = sorted(part.ks(scale), reverse=True)
+        found += [Job(name, k, seed, methods) for seed in part.seeds(scale) for k in ks]
+    return found
+
+
+def method_names(scale: Scale) -> set[str]:
+    """Everything that any part compares."""
+    return {name for part in PARTS.values() for name in part.methods(sampling_of(scale))}

@@ -51,6 +51,7 @@ def merged(case: Case, methods: Mapping[str, Method], single: bool = False) -> M
 
 
 def subject_scores(world: World, case: Case, model: nn.Module | None) -> dict[str, float]:
+    """Success, similarity and function distance on each LoRA's own prompt; None stands for each LoRA alone."""
     shown, alike, off = [], [], []
     prompts, seed = [one.prompt for one in case.loras], 31 * case.seed
     if model is not None:
@@ -122,7 +123,7 @@ def composition(
         things = [one.subject.thing for one in chosen if one.subject]
         for name, model in merged(case, methods):
             assert model is not None
-            found, other = pictures(model, [prompt, turned], 2 * world.scale.samples, 41 * seed)
+            found, other = (pictures(model, [text], 2 * world.scale.samples, 41 * seed)[0] for text in (prompt, turned))
             right = success(world.judge, found, things).float()
             right_other = success(world.judge, other, things[::-1]).float()
             yield Record("composition", name, k, "objects right", seed, float(right.mean()))

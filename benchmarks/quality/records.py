@@ -62,7 +62,7 @@ def paired(records: Sequence[Record], table: str, metric: str, first: str, secon
 
 @dataclass(frozen=True)
 class Kept:
-    """What jobs measured, a file each.
+    """What jobs measured, a file each: which methods, and their values.
 
     Attributes:
         folder: Where the files are.
@@ -70,28 +70,43 @@ class Kept:
 
     folder: Path
 
-    def has(self, job: str) -> bool:
-        """Whether a job was measured."""
-        return self._file(job).exists()
-
     def clear(self) -> None:
         """Forget everything."""
-        for file in self.folder.glob("*.jsonl"):
+        for file in self.folder.glob("*.json"):
             file.unlink()
 
-    def write(self, job: str, found: Sequence[Record]) -> None:
-        """Keep what a job measured; its methods that were not measured this time keep their values."""
+    def write(self, job: str, methods: Sequence[str], found: Sequence[Record], *, add: bool) -> None:
+        """Keep what a job measured.
+
+        Args:
+            job: Its name.
+            methods: What it compared.
+            found: The values.
+            add: Keep earlier values of other methods, too.
+        """
+        known, before = self._read(job) if add else ([], [])
         measured = {(one.table, one.method) for one in found}
-        others = [one for one in self.read([job]) if (one.table, one.method) not in measured]
+        records = [*(one for one in before if (one.table, one.method) not in measured), *found]
+        names = [*(name for name in known if name not in methods), *methods]
         self.folder.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(asdict(one)) + "\n" for one in (*others, *found)]
-        self._file(job).write_text("".join(lines), encoding="utf-8")
+        whole = {"methods": names, "records": [asdict(one) for one in records]}
+        beside = self.folder / f"{job}.tmp"
+        beside.write_text(json.dumps(whole, indent=0), encoding="utf-8")
+        beside.replace(self._file(job))
+
+    def methods(self, job: str) -> list[str] | None:
+        """What a job has compared; None if it never ran."""
+        return self._read(job)[0] if self._file(job).exists() else None
 
     def read(self, jobs: Sequence[str]) -> list[Record]:
         """All values of these jobs, in their order."""
-        files = [self._file(job) for job in jobs if self.has(job)]
-        lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-        return [Record(**json.loads(line)) for line in lines]
+        return [one for job in jobs for one in self._read(job)[1]]
+
+    def _read(self, job: str) -> tuple[list[str], list[Record]]:
+        if not self._file(job).exists():
+            return [], []
+        whole = json.loads(self._file(job).read_text(encoding="utf-8"))
+        return whole["methods"], [Record(**one) for one in whole["records"]]
 
     def _file(self, job: str) -> Path:
-        return self.folder / f"{job}.jsonl"
+        return self.folder / f"{job}.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -34,7 +35,7 @@ def table(rows: Sequence[Row], name: str, metric: str) -> list[str]:
     best = {}
     for k in ks:
         means = [values[m, k].mean for m in methods if (m, k) in values and not m.startswith("single")]
-        best[k] = (min if metric in LOWER else max)(means)
+        best[k] = (min if metric in LOWER else max)(means, default=math.nan)
     lines = [f"| {metric} | " + " | ".join(f"K = {k}" for k in ks) + " |", "|---" * (len(ks) + 1) + "|"]
     for method in methods:
         cells = []
@@ -58,13 +59,15 @@ TOP = 1.5
 
 
 def plot(rows: Sequence[Row], name: str, metric: str, path: Path) -> None:
-    """Curves over K with deviations as bands."""
+    """Curves over K with deviations as bands; nothing if none of it was measured."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     chosen = [row for row in rows if row.table == name and row.metric == metric and "neutral" not in row.method]
+    if not chosen:
+        return
     figure, axes = pyplot.subplots(figsize=(8, 4.4), dpi=110)
     markers, colours = "osd^vP*Xh<>p", pyplot.get_cmap("tab20").colors
     for number, method in enumerate(dict.fromkeys(row.method for row in chosen)):
@@ -118,7 +121,7 @@ TABLES = {
 }
 
 
-def page(rows: Sequence[Row], records: Sequence[Record], machine: dict[str, Any], jobs: int) -> str:
+def page(rows: Sequence[Row], records: Sequence[Record], machine: dict[str, Any], processes: int) -> str:
     """The whole page."""
     lines = ["# Quality: a world of drawings", ""]
     for part in ("world.md", "findings.md"):
@@ -133,8 +136,8 @@ def page(rows: Sequence[Row], records: Sequence[Record], machine: dict[str, Any]
         for metric in metrics:
             lines += table(rows, name, metric)
     lines += _versus(records)
-    place = sentence(machine | {"threads": 1})
-    lines += [f"`make bench-quality` wrote this page, {number_of(jobs, 'process', 'processes')} at a time; {place}", ""]
+    several = number_of(processes, "process", "processes")
+    lines += [f"`make bench-quality` wrote this page, {several} at a time; {sentence(machine)}", ""]
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from .loras import Trained, lora
 from .network import DEPTH, WIDTH, Painter
 from .pool import Style, Subject, styles, subjects
 from .starts import osrm_lora
-from .training import BASE_RUNS, CACHE, Runs, base_model
+from .training import BASE_RUNS, Runs, base_model
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,15 @@ def build(cache: Path, scale: Scale, processes: int) -> None:
             job.result()
 
 
-def load(cache: Path = CACHE, scale: Scale = FULL) -> World:
+def fingerprint(cache: Path, scale: Scale) -> str:
+    """Of the trained files and the scale: values of one world are not mixed with those of another."""
+    found = hashlib.sha256(repr(scale).encode())
+    for file in sorted(cache.glob("*.safetensors")):
+        found.update(file.name.encode() + file.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def load(cache: Path, scale: Scale) -> World:
     """What was built."""
     base, looks = base_model(cache, scale.base_runs, scale.depth, scale.width), judge(cache, scale.judge_steps)
     everybody = [*subjects()[: scale.subjects], *styles()[: scale.styles]]
