@@ -34,7 +34,7 @@ def main() -> None:
     if options.go_on:
         todo = _left(todo, kept)
     measure(todo, kept, scale, files, options.processes, add=bool(options.methods or options.go_on))
-    records = kept.read([job.name for job in jobs_of(scale, list(PARTS))])
+    records = [one for job in jobs_of(scale, list(PARTS)) for one in sorted(kept.read(job.name), key=job.place)]
     found = rows(records)
     out.mkdir(parents=True, exist_ok=True)
     write_json(found, out / "quality.json")

@@ -100,6 +100,10 @@ class Job:
         """`preservation-5-11`."""
         return f"{self.part}-{self.k}-{self.seed}"
 
+    def place(self, record: Record) -> int:
+        """Where a value stands in tables: as its method does in the list, what is no method first."""
+        return self.methods.index(record.method) if record.method in self.methods else -1
+
     def records(self, world: World) -> list[Record]:
         """Measure."""
         part = PARTS[self.part]

@@ -98,9 +98,9 @@ class Kept:
         """What a job has compared; None if it never ran."""
         return self._read(job)[0] if self._file(job).exists() else None
 
-    def read(self, jobs: Sequence[str]) -> list[Record]:
-        """All values of these jobs, in their order."""
-        return [one for job in jobs for one in self._read(job)[1]]
+    def read(self, job: str) -> list[Record]:
+        """What a job measured."""
+        return self._read(job)[1]
 
     def _read(self, job: str) -> tuple[list[str], list[Record]]:
         if not self._file(job).exists():

@@ -38,13 +38,13 @@ def test_some_methods_are_measured_in_the_parts_that_have_them():
 
 
 def test_values_are_kept_and_replaced_by_method(kept):
-    assert kept.methods("a") is None and kept.read(["a"]) == []
+    assert kept.methods("a") is None and kept.read("a") == []
     kept.write("a", ["x", "y"], [record("x", 0.1), record("y", 0.2)], add=False)
     kept.write("a", ["y", "z"], [record("y", 0.3), record("z", 0.4)], add=True)
     assert sorted(kept.methods("a")) == ["x", "y", "z"]
-    assert {one.method: one.value for one in kept.read(["a", "b"])} == {"x": 0.1, "y": 0.3, "z": 0.4}
+    assert {one.method: one.value for one in kept.read("a")} == {"x": 0.1, "y": 0.3, "z": 0.4}
     kept.write("a", ["z"], [record("z", 0.5)], add=False)
-    assert kept.methods("a") == ["z"] and [one.value for one in kept.read(["a"])] == [0.5]
+    assert kept.methods("a") == ["z"] and [one.value for one in kept.read("a")] == [0.5]
     assert [file.name for file in kept.folder.iterdir()] == ["a.json"]
     kept.clear()
     assert kept.methods("a") is None
@@ -57,6 +57,12 @@ def test_what_is_left_is_what_no_job_has_compared(kept):
     kept.write(other.name, (), [], add=False)
     (left,) = _left([job, other], kept)
     assert left.name == job.name and left.methods == job.methods[:1]
+
+
+def test_values_stand_in_the_order_of_the_methods_and_the_upper_bound_first():
+    job = jobs_of(TOY, ["preservation"])[0]
+    found = [record(name, 1.0) for name in ("TIES", "sum", "single LoRA", "average")]
+    assert [one.method for one in sorted(found, key=job.place)] == ["single LoRA", "average", "sum", "TIES"]
 
 
 def test_a_table_of_the_upper_bound_alone_has_no_best():
