@@ -57,12 +57,6 @@ PARTS: dict[str, Part] = {
         lambda _: (2,),
         _tested,
     ),
-    "crowd": Part(
-        partial(styled, table="two subjects and a style"),
-        lambda s: compared(s) | told(s) | protecting_several(s),
-        lambda _: (3,),
-        lambda scale: _tested(scale)[:3],
-    ),
     "starts": Part(starts, started, lambda scale: (scale.osrm,), lambda scale: _tested(scale)[:3]),
     "scales": _ablation("ablation: other methods' settings", scales),
     "solve": _ablation("ablation: solve", solve),
@@ -74,6 +68,12 @@ PARTS: dict[str, Part] = {
         lambda s: quick(compared(s) | careful(s)),
         lambda scale: scale.many,
         lambda scale: _tested(scale)[:2],
+    ),
+    "crowd": Part(
+        partial(styled, table="two subjects and a style"),
+        lambda s: compared(s) | told(s) | protecting_several(s),
+        lambda _: (3,),
+        lambda scale: _tested(scale)[:3],
     ),
 }
 """Parts by name."""
