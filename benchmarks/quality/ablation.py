@@ -9,6 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from ssr_core import ANCHORS, PaperMerge, SampleOptions, SSRMerge
+from ssr_core.words import number_of
 
 from .baselines import dare, firm_regmean, knots_ties, regmean, ties_merge
 from .case import Case, Sampling
@@ -47,7 +48,7 @@ def data(sampling: Sampling) -> dict[str, Method]:
     """Steps, how many of them are used, pictures, noise."""
     own, found = SSRMerge(), {}
     for steps, used in ((1, None), (2, None), (4, None), (8, 1), (8, 2), (8, None)):
-        text = f"{steps} steps" + (f", first {used}" if used else "")
+        text = number_of(steps, "step") + (f", first {used}" if used else "")
         found[text] = engine(own, replace(sampling, steps=steps, used=used))
     for images in (1, 2):
         found[f"{images} x 64 image tokens a step"] = engine(own, replace(sampling, images=images))
